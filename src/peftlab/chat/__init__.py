@@ -1,0 +1,1 @@
+"""Multi-turn conversation on any stack."""

@@ -1,0 +1,306 @@
+"""The command line: verbs call recipes. No logic lives here, and torch is imported only inside verbs that need it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import Interrupted, LabError, UserError
+
+RUNS = Path("runs")
+app = typer.Typer(
+    name="peftlab",
+    help="Shape the behaviour of language models with adapters on one frozen base.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Check and list data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the config")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
+
+
+def main() -> None:
+    """Entry point: errors of the user's become one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except UserError as error:
+        _fail(error, 2)
+    except Interrupted as error:
+        _fail(error, 128 + error.signum)
+    except LabError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def _fail(message: object, code: int) -> None:
+    from .runs.sanitize import sanitize
+
+    print(f"peftlab: {sanitize(str(message))}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _training_verb(verb: str, summary: str) -> None:
+    """`peftlab VERB [CONFIG] [key=value ...]`, the same for every recipe that trains."""
+
+    @app.command(verb, help=summary)
+    def command(
+        config: Annotated[str | None, typer.Argument(help="a TOML file, a shipped config's name, or key=value")] = None,
+        overrides: Overrides = None,
+        run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="continue the run from its newest checkpoint")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="show config, sizes and estimates; train nothing")] = False,
+        as_json: Json = False,
+    ) -> None:
+        from .recipes.launch import dry_run as show
+        from .recipes.launch import launch
+
+        pairs = list(overrides or [])
+        if config is not None and "=" in config and not Path(config).exists():
+            pairs, config = [config, *pairs], None
+        if dry_run:
+            _print(show(verb, config, pairs), as_json)
+        else:
+            result = launch(verb, config, pairs, RUNS, run, resume)
+            _print_summary(result, as_json)
+
+
+for _verb, _summary in {
+    "pretrain": "Train a small language model from scratch on the training reviews.",
+    "sft": "Fine-tune a language model with LoRA on text.",
+    "classify": "Fine-tune a classifier with LoRA.",
+    "ppo": "Steer a language model with PPO: only its adapter learns.",
+}.items():
+    _training_verb(_verb, _summary)
+
+
+@app.command()
+def demo(
+    run: Annotated[str, typer.Option(help="name of the run's folder below runs/")] = "demo",
+    resume: Annotated[bool, typer.Option("--resume", help="continue a demo that was stopped")] = False,
+    as_json: Json = False,
+) -> None:
+    """The whole lab in minutes: classify, SFT, PPO, an independent judge, and a report."""
+    from .recipes.demo import run_demo
+
+    run_demo(RUNS, run, resume=resume, as_json=as_json)
+
+
+@app.command()
+def pull(names: Annotated[list[str], typer.Argument(help="imdb, minilm-distilbert, smollm2-135m")]) -> None:
+    """Fetch data and models into the cache ahead of time (they are fetched on first use anyway)."""
+    from .recipes.tools import pull_names
+
+    for name, path in pull_names(names).items():
+        print(f"{name}: {path}")
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models and adapters that load by name."""
+    from .recipes.tools import model_rows
+
+    _print_rows(model_rows(), as_json)
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[str, typer.Argument(help="a JSONL, CSV or Parquet file")],
+    kind: Annotated[str, typer.Option("--for", help="sft, classify, summarize, preferences or prompts")],
+) -> None:
+    """Check every row of a file in one pass, before any model loads."""
+    from .data.check import check_file
+
+    result = check_file(Path(file), kind)
+    for line, reason in result.bad:
+        print(f"{file}:{line}: {reason}")
+    print(f"{result.rows} rows, {len(result.bad)} bad")
+    if result.bad:
+        raise typer.Exit(2)
+
+
+@app.command()
+def configs(name: Annotated[str | None, typer.Argument(help="show this config's text")] = None) -> None:
+    """List the shipped configs, or show one."""
+    from .config import shipped_configs
+
+    shipped = shipped_configs()
+    if name is None:
+        for known, path in shipped.items():
+            print(f"{known:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
+    elif name in shipped:
+        print(shipped[name].read_text(), end="")
+    else:
+        raise UserError(f"config {name}: not a shipped config; known: {', '.join(shipped)}")
+
+
+@app.command()
+def generate(
+    stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")],
+    prompt: Annotated[str, typer.Option(help="the text to continue")] = "",
+    count: Annotated[int, typer.Option("--count", "-n", help="completions to sample")] = 1,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with a model or an adapter."""
+    from .recipes.tools import generate_texts
+
+    rows = generate_texts(stack, prompt, count, max_new_tokens, temperature, top_p, seed, device)
+    if as_json:
+        _print(rows, True)
+    else:
+        from .runs.sanitize import sanitize
+
+        for row in rows:
+            print(sanitize(row["prompt"] + row["text"]) + "\n")
+
+
+@app.command()
+def predict(
+    adapter: Annotated[str, typer.Argument(help="an adapter: a bundled name or a folder")],
+    text: Annotated[str | None, typer.Option(help="predict this one text")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL with a `text` (or `prompt`) a row")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL to write, one row per input row, in order")] = None,
+    device: Device = "auto",
+) -> None:
+    """Run an adapter on a text or on a file."""
+    from .recipes.predict import predict as run_predict
+
+    run_predict(adapter, text, input, output, device)
+
+
+@app.command("eval")
+def evaluate(
+    stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")],
+    data: Annotated[str, typer.Option(help="held-out data: a name with a split, or a file")] = "imdb:test",
+    limit: Annotated[int | None, typer.Option(help="only this many rows, a seeded sample")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a classifier (accuracy, F1, ECE) or a language model (perplexity) on held-out data."""
+    from .recipes.evaluate import evaluate as run_evaluate
+
+    _print(run_evaluate(stack, data, limit, device), as_json)
+
+
+@app.command()
+def chat(
+    stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")] = "smollm2-135m",
+    system: Annotated[str, typer.Option(help="system text, where the model's template has one")] = "",
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Talk with a model or an adapter; /help lists what you can do there."""
+    from .recipes.tools import open_chat
+
+    open_chat(stack, system, seed, device).run()
+
+
+@app.command()
+def runs(as_json: Json = False) -> None:
+    """List the runs below runs/ and how they ended."""
+    from .runs.rundir import list_runs
+
+    rows = [
+        {"run": s["run"], "recipe": s["recipe"], "status": s["status"], "seconds": s["time"]["wall_s"], "reason": s["reason"]}
+        for s in list_runs(RUNS)
+    ]
+    _print_rows(rows, as_json)
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(help="a run's name below runs/, or its folder")]) -> None:
+    """Render a run's report.html again and print its path."""
+    from .report import render
+    from .runs.rundir import find_run
+
+    print(render(find_run(RUNS, run)))
+
+
+@app.command()
+def doctor(
+    stack: Annotated[str, typer.Argument(help="a run, model or adapter to check")] = "tiny-gpt2",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check the environment, and the invariants of a model with adapters; exit 1 where one fails."""
+    from .recipes.doctor import run_doctor
+
+    findings = run_doctor(str(RUNS / stack) if (RUNS / stack).is_dir() else stack, device)
+    if as_json:
+        _print(findings, True)
+    else:
+        _print(findings["environment"], False)
+        _print_rows(findings["checks"], False)
+    if not all(check["ok"] for check in findings["checks"]):
+        raise typer.Exit(1)
+
+
+def _print(value: Any, as_json: bool) -> None:
+    if as_json or not isinstance(value, dict):
+        print(json.dumps(value, indent=1))
+        return
+    width = max(map(len, value), default=0)
+    for key, item in value.items():
+        print(f"{key:{width}}  {_cell(item)}")
+
+
+def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print(summary, True)
+        return
+    rows = [
+        {"metric": name, "before": summary["baseline"].get(name), "after": value}
+        for name, value in summary["metrics"].items()
+    ]
+    _print_rows(rows, False)
+    print(f"\n{summary['run']}: {summary['status']} in {summary['time']['wall_s']:.0f} s; report: "
+          f"{RUNS / summary['run'] / 'report.html'}")
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A plain table whose columns are as wide as their widest cell; readable when piped."""
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        print("(none)")
+        return
+    table = [list(rows[0]), *[[_cell(value) for value in row.values()] for row in rows]]
+    widths = [max(len(line[i]) for line in table) for i in range(len(rows[0]))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Readable config files: TOML plus `key=value` overrides become frozen, typed, strict models.
+
+Knows the machinery and no job: each recipe declares its own `Config` subclass next to its code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import UserError
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def with_(self, **changes: Any) -> Self:
+        """A validated copy with some keys changed; a dict value changes a table key by key."""
+        data = self.model_dump()
+        for key, value in changes.items():
+            data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data[key], dict) else value
+        return type(self).model_validate(data)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of every config that comes with the package."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+
+
+def load_config(cls: type[C], source: str | None, overrides: Sequence[str] = ()) -> C:
+    """Read `source` (a TOML file, or a shipped name; None = the defaults) and apply `key=value` overrides.
+
+    Raises UserError naming the file or the override, the key, and the nearest known key.
+    """
+    data: dict[str, Any] = {}
+    origin = "the command line"
+    if source is not None:
+        path = _find(source)
+        origin = str(path) if path.parent != SHIPPED else source
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{origin}: not valid TOML: {error}") from None
+    recipe = cls.model_fields["recipe"].default if "recipe" in cls.model_fields else None
+    if recipe is not None and data.get("recipe", recipe) != recipe:
+        raise UserError(f"{origin}: this config is for `peftlab {data['recipe']}`, not for `peftlab {recipe}`")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{origin}: " + "; ".join(_explain(cls, e) for e in error.errors())) from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML that `load_config` reads back to an equal model."""
+    tables: list[str] = []
+    lines = _lines(config.model_dump(exclude_none=True), tables)
+    return "\n".join(lines + tables) + "\n"
+
+
+def keys(cls: type[Config], prefix: str = "") -> list[str]:
+    """Every key of a config class, with dots for tables."""
+    names: list[str] = []
+    for name, field in cls.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Config):
+            names += keys(inner, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _find(source: str) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if source in shipped:
+        return shipped[source]
+    near = difflib.get_close_matches(source, shipped, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; shipped configs: {', '.join(shipped)}"
+    raise UserError(f"config {source}: no such file and no shipped config of that name{hint}")
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise UserError(f"override {override!r}: expected key=value, for example lr=1e-4 or lora.r=8")
+    *tables, last = name.strip().split(".")
+    for table in tables:
+        data = data.setdefault(table, {})
+        if not isinstance(data, dict):
+            raise UserError(f"override {override!r}: {table} is not a table")
+    data[last] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    """An override's value by TOML's rules; what is no TOML value is a string (so quotes are optional)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(cls: type[Config], error: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, keys(cls), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(keys(cls))}"
+        return f"unknown key {key}{hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}, not {error['input']!r}" if key else message
+
+
+def _lines(table: Mapping[str, Any], tables: list[str], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, value in table.items():
+        if isinstance(value, Mapping) and not prefix:
+            tables += ["", f"[{key}]", *_lines(value, tables, f"{key}.")]
+        else:
+            lines.append(f"{key} = {_literal(value)}")
+    return lines
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = "".join(
+            {'"': '\\"', "\\": "\\\\"}.get(c, c) if c.isprintable() or ord(c) > 0x9F else f"\\u{ord(c):04x}"
+            for c in value
+        )
+        return f'"{escaped}"'
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{k} = {_literal(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, Iterable):
+        return "[" + ", ".join(_literal(v) for v in value) + "]"
+    return repr(value)

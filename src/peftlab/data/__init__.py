@@ -1,0 +1,1 @@
+"""Files become records, records become token batches."""

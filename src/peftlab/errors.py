@@ -1,0 +1,36 @@
+"""The three ways a run ends early, and the exit code of each.
+
+A message is one sentence for a person: what is wrong; where (file:line or key); what to do about it. The command line
+prints it without a traceback. Any other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+
+
+class PeftlabError(Exception):
+    """Base of the errors that the command line turns into one line and `exit_code`."""
+
+    exit_code = 1
+
+
+class UserError(PeftlabError):
+    """The input or the configuration is wrong, and the user can mend it."""
+
+    exit_code = 2
+
+
+class LabError(PeftlabError):
+    """The work failed: an invariant is violated, a number is not finite, the disk is full."""
+
+    exit_code = 1
+
+
+class Interrupted(PeftlabError):
+    """A signal asked the run to stop; raised once the step is finished and its checkpoint is on disk."""
+
+    def __init__(self, signum: int, message: str | None = None) -> None:
+        self.signum = signum
+        self.exit_code = 128 + signum
+        super().__init__(message or f"stopped by {signal.Signals(signum).name}; --resume continues")

@@ -1,0 +1,98 @@
+"""A policy beside its reference on the same held-out prompts: judge, exact KL, fluency under SFT, diversity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..models.classifier import TextClassifier
+from ..models.roles import POLICY, Roles
+from ..ops.kl import exact_kl
+from ..ops.logprobs import entropy, token_logprobs
+from ..ops.masks import masked_sum
+from ..sampling.sampler import Decoding, Sampler
+from .diversity import distinct_n
+from .intervals import bootstrap_mean
+
+
+@dataclass(frozen=True)
+class Side:
+    """N completions of one side, each array (N,): summed exact KL, summed NLL under the reference, summed entropy."""
+
+    completions: list[str]
+    kl: np.ndarray
+    nll: np.ndarray
+    entropy: np.ndarray
+    lengths: np.ndarray
+    ended: np.ndarray
+    judge: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        tokens = float(self.lengths.sum())
+        return {
+            "eval/judge": float(self.judge.mean()),
+            "eval/kl": float(self.kl.mean()),
+            "eval/length": float(self.lengths.mean()),
+            "eval/eos_fraction": float(self.ended.mean()),
+            "eval/entropy": float(self.entropy.sum()) / tokens,
+            "eval/distinct_1": distinct_n(self.completions, 1),
+            "eval/distinct_2": distinct_n(self.completions, 2),
+        }
+
+    def mean_nll(self) -> float:
+        """Nats per token under the frozen SFT model."""
+        return float(self.nll.sum() / self.lengths.sum())
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95% bootstrap intervals over prompts."""
+        return {"eval/judge": bootstrap_mean(self.judge), "eval/kl": bootstrap_mean(self.kl)}
+
+
+def perplexity_ratio(before: Side, after: Side) -> float:
+    """exp(NLL of the policy's samples - NLL of the SFT model's own samples), both under the SFT model."""
+    return float(np.exp(after.mean_nll() - before.mean_nll()))
+
+
+@torch.no_grad()
+def evaluate_side(
+    roles: Roles,
+    role: str | None,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    judge: TextClassifier,
+    label: int,
+    decoding: Decoding,
+    seed: int,
+    batch_size: int = 64,
+) -> Side:
+    """Sample one completion a prompt from a role (None = the reference) and measure it.
+
+    Row i has the same random draws on both sides. Leaves the sampler's copy at `role`.
+    """
+    roles.refresh(role)
+    sampler = Sampler(roles.twin, roles.tokenizer)
+    completions: list[str] = []
+    columns: dict[str, list[np.ndarray]] = {"kl": [], "nll": [], "entropy": [], "lengths": [], "ended": []}
+    for start in range(0, len(prompts), batch_size):
+        rows = list(range(start, min(start + batch_size, len(prompts))))
+        samples = sampler.sample([prompts[i] for i in rows], [seed + i for i in rows], decoding)
+        completions += sampler.texts(samples)
+        mask, width = samples.completion_mask, samples.completion_ids.shape[1]
+        reference = roles.reference(samples.ids, samples.mask, width)
+        policy = roles.policy(samples.ids, samples.mask, width) if role == POLICY else reference
+        lengths = mask.sum(1)
+        measured = {
+            "kl": masked_sum(exact_kl(policy, reference), mask),
+            "nll": -masked_sum(token_logprobs(reference, samples.completion_ids), mask),
+            "entropy": masked_sum(entropy(policy), mask),
+            "lengths": lengths,
+            "ended": (lengths < width).float(),
+        }
+        for name, value in measured.items():
+            columns[name].append(value.double().cpu().numpy())
+    judged = judge.probabilities([t + c for t, c in zip(texts, completions, strict=True)])[:, label]
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return Side(completions, judge=np.asarray(judged, dtype=np.float64), **arrays)

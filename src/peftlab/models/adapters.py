@@ -1,0 +1,228 @@
+"""LoRA adapters: attach, activate, save with a manifest, load with checks, and stack on one base.
+
+An adapter folder is a plain PEFT adapter (adapter_config.json, adapter_model.safetensors) plus `stack.json`, which
+names its base and the adapters that lie merged under it (copied to `under/0`, `under/1` ...), plus `manifest.json`
+with the sha256 of every file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..errors import UserError
+from ..runs.checkpoint import verify_manifest, write_manifest
+from .backbone import Backbone, load_backbone, trunk
+from .catalog import resolve
+
+Kind = Literal["causal", "classifier"]
+
+
+class Lora(Config):
+    """Low-rank adaptation, W + (alpha / r) B A (Hu et al. 2021), on the named linear layers."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What an adapter stands on: kind of model, base name and fingerprint, adapters merged under it, extra facts."""
+
+    kind: Kind
+    base: str
+    fingerprint: str
+    under: tuple[Path, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Leaf names of every linear layer inside the transformer (heads and embeddings excluded)."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = {n.rsplit(".", 1)[-1] for n, m in trunk(model).named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return sorted(names)
+
+
+def attach(model: nn.Module, lora: Lora, name: str, kind: Kind = "causal", base: str = "") -> Any:
+    """A PeftModel with a fresh adapter `name` (another one, when `model` has adapters already); B = 0, so a no-op."""
+    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    targets = linear_names(plain) if lora.targets == "all-linear" else lora.targets
+    heads = [n for n, _ in plain.named_children() if n in ("classifier", "pre_classifier", "score")]
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=type(plain).__name__.startswith("GPT2"),
+        task_type=TaskType.CAUSAL_LM if kind == "causal" else TaskType.SEQ_CLS,
+        modules_to_save=heads or None,
+    )
+    return _wrap(model, config, name, base)
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Module name (as in the plain base) -> LoRA layer."""
+    from peft.tuners.lora import LoraLayer
+
+    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Make exactly these adapters act in the forward pass; with none, the bare base.
+
+    Sets the layers' own fields: peft's set_adapter and disable_adapter also flip requires_grad, which would hand
+    frozen adapters to the optimizer.
+    """
+    for layer in lora_layers(model).values():
+        layer._active_adapter = list(names)
+        layer._disable_adapters = not names
+
+
+@contextmanager
+def only(model: nn.Module, *names: str) -> Iterator[None]:
+    """`activate`, for the length of a block."""
+    layer = next(iter(lora_layers(model).values()))
+    before = () if layer._disable_adapters else tuple(layer._active_adapter)
+    activate(model, *names)
+    try:
+        yield
+    finally:
+        activate(model, *before)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Parameters of one adapter by full name (LoRA factors and saved heads)."""
+    marks = (f".lora_A.{name}.", f".lora_B.{name}.", f".modules_to_save.{name}.")
+    return {n: p for n, p in model.named_parameters() if any(mark in n for mark in marks)}
+
+
+def save_adapter(model: Any, name: str, folder: Path, stack: Stack) -> Path:
+    """Write adapter `name` of `model` as a plain PEFT folder with its stack and manifest. Nothing touches the Hub."""
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    config = model.peft_config[name]
+    config.base_model_name_or_path = stack.base
+    was, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = was
+    for index, under in enumerate(stack.under):
+        shutil.copytree(under, folder / "under" / str(index), dirs_exist_ok=True)
+    facts = {"kind": stack.kind, "base": stack.base, "fingerprint": stack.fingerprint, **stack.extra}
+    facts["under"] = [f"under/{index}" for index in range(len(stack.under))]
+    (folder / "stack.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_manifest(folder)
+    return folder
+
+
+def read_stack(folder: Path) -> Stack:
+    """The stack of an adapter folder; for a foreign PEFT adapter, what its adapter_config.json says."""
+    if (folder / "stack.json").is_file():
+        facts = json.loads((folder / "stack.json").read_text())
+        under = tuple(folder / name for name in facts.pop("under"))
+        return Stack(facts.pop("kind"), facts.pop("base"), facts.pop("fingerprint"), under, facts)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: not an adapter folder (no adapter_config.json)")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    kind: Kind = "classifier" if config.get("task_type") == "SEQ_CLS" else "causal"
+    return Stack(kind, config["base_model_name_or_path"], "")
+
+
+def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> Any:
+    """Attach the adapter in `folder` to `model` as `name`, after checking every byte and tensor of it.
+
+    Raises UserError naming the folder and what is wrong: changed bytes, pickle weights, missing or unexpected keys,
+    wrong shapes, non-finite values, or another base than it was trained on (`fingerprint` is the base's).
+    """
+    from peft import PeftConfig
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if (folder / "manifest.json").is_file() and (problems := verify_manifest(folder)):
+        raise UserError(f"adapter {folder}: {'; '.join(problems)}; restore the folder or train it again")
+    stack = read_stack(folder)
+    if stack.fingerprint and fingerprint and stack.fingerprint != fingerprint:
+        raise UserError(f"adapter {folder}: was trained on another {stack.base} ({stack.fingerprint}, not {fingerprint})")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"adapter {folder}: no adapter_model.safetensors (pickle files are not loaded; convert first)")
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise UserError(f"adapter {weights}: not a readable safetensors file: {error}") from None
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    model = _wrap(model, config, name, stack.base)
+    _check_tensors(folder, tensors, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    for parameter in adapter_parameters(model, name).values():
+        parameter.requires_grad_(False)
+    return model
+
+
+def load_stack(
+    name: str, *, device: str = "auto", dtype: str = "float32", merge: bool = True
+) -> tuple[Backbone, Stack]:
+    """A base model or an adapter by name or folder -> a backbone that behaves like it, and the stack it is.
+
+    Adapters under the top one are always merged, in float32. With `merge` the top one is too; otherwise the model
+    is a PeftModel whose active adapter is "policy".
+    """
+    entry = resolve(name)
+    if entry.kind != "adapter":
+        backbone = load_backbone(name, device=device, dtype=dtype)
+        return backbone, Stack("causal", name, backbone.fingerprint)
+    folder = Path(entry.path)
+    stack = read_stack(folder)
+    labels = stack.extra.get("labels", [0, 1])
+    base = load_backbone(stack.base, stack.kind, device=device, num_labels=len(labels))
+    model = base.model
+    for under in stack.under:
+        model = load_adapter(model, under, "under", base.fingerprint).merge_and_unload()
+    model = load_adapter(model, folder, "policy", base.fingerprint)
+    if merge:
+        model = model.merge_and_unload()
+    model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
+    return Backbone(name, model, base.tokenizer, base.fingerprint), stack
+
+
+def _wrap(model: Any, config: Any, name: str, base: str) -> Any:
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+    else:
+        config.base_model_name_or_path = base
+        model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    activate(model, name)
+    return model.eval()
+
+
+def _check_tensors(folder: Path, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has the unknown tensor {extra[0]}"
+        raise UserError(f"adapter {folder}: does not fit this model: it {what} ({len(missing) + len(extra)} differ)")
+    for key, value in given.items():
+        if value.shape != expected[key].shape:
+            raise UserError(f"adapter {folder}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
+        if not torch.isfinite(value).all():
+            raise UserError(f"adapter {folder}: {key} holds NaN or infinity; the file is not usable")

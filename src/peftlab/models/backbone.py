@@ -1,0 +1,149 @@
+"""A name becomes a loaded base model with its tokenizer; the one place that calls a causal model's forward."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..ops.masks import position_ids
+from .catalog import resolve
+
+Task = Literal["causal", "classifier"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen base: `model` in eval mode without gradients, its tokenizer, and the fingerprint of its weights."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """"auto" is CUDA, then MPS, then the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: unknown device {device!r}; use auto, cpu, cuda, cuda:0 or mps") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {device} was asked for, but torch sees no GPU; use device=auto or device=cpu")
+    return chosen
+
+
+def load_backbone(
+    name: str, task: Task = "causal", *, device: str = "auto", dtype: str = "float32", num_labels: int = 2
+) -> Backbone:
+    """Load the base model `name` (bundled, wheel, Hub id or folder) for a task, frozen, in eval mode.
+
+    A classifier's head is new and takes its weights from an adapter or from training. Raises UserError where the
+    name is unknown or the model is of another kind than the task needs.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    entry = resolve(name)
+    wanted = ("causal",) if task == "causal" else ("causal", "encoder")
+    if entry.kind not in wanted:
+        needs = "a causal language model" if task == "causal" else "an encoder or a causal language model"
+        examples = "tiny-gpt2 or smollm2-135m" if task == "causal" else "minilm-distilbert or tiny-gpt2"
+        raise UserError(f"model {name}: is of kind {entry.kind}, but this job needs {needs}, for example {examples}")
+    source = str(entry.path)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
+    options = {} if task == "causal" else {"num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id}
+    with _quiet_loading():
+        model = auto.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **options)
+    model.requires_grad_(False).eval()
+    return Backbone(name, model.to(pick_device(device)), tokenizer, fingerprint(trunk(model)))
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The transformer under a task head (GPT2Model under GPT2LMHeadModel)."""
+    return getattr(model, model.base_model_prefix) if hasattr(model, "base_model_prefix") else model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits that name a base's weights: parameter names, shapes, and 16 values of each, rounded to bfloat16.
+
+    Cheap and the same whatever dtype the base is loaded in. It tells bases apart; it is not a defence against
+    someone who forges one.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.named_parameters()):
+        step = max(1, value.numel() // 16)
+        sample = value.detach().flatten()[::step][:16].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def causal_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+    """Logits (B, keep, V) that predict the last `keep` tokens of each row: [:, t] predicts token T - keep + t.
+
+    input_ids, mask: (B, T), padded on the left (on the right only behind the tokens of interest). Positions are
+    explicit, so padding changes nothing.
+    """
+    logits: Tensor = model(**_inputs(input_ids, mask), logits_to_keep=keep + 1).logits
+    return logits[:, :-1]
+
+
+def causal_logits_and_states(
+    model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int
+) -> tuple[Tensor, Tensor]:
+    """As `causal_logits`, with the final states (B, keep, D) that those logits are read from."""
+    output = model(**_inputs(input_ids, mask), logits_to_keep=keep + 1, output_hidden_states=True)
+    return output.logits[:, :-1], output.hidden_states[-1][:, -keep - 1 : -1]
+
+
+def causal_states(model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+    """Only the final states (B, keep, D); skips the vocabulary projection of all positions but one."""
+    output = model(**_inputs(input_ids, mask), logits_to_keep=1, output_hidden_states=True)
+    states: Tensor = output.hidden_states[-1][:, -keep - 1 : -1]
+    return states
+
+
+def _inputs(input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask.long(),
+        "position_ids": position_ids(mask),
+        "use_cache": False,
+    }
+
+
+def parameter_bytes(parameters: Any) -> int:
+    """Bytes of distinct tensors (shared storage counts once)."""
+    return sum({p.data_ptr(): p.numel() * p.element_size() for p in parameters}.values())
+
+
+class _quiet_loading:
+    """Silences transformers' progress bars and "newly initialized" notes for one load: an adapter fills the head."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._level = logging.get_verbosity()
+        self._bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._level)
+        if self._bars:
+            logging.enable_progress_bar()

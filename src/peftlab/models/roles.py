@@ -1,0 +1,130 @@
+"""Policy, reference and critic on one frozen base, and the merged copy that the sampler reads.
+
+The reference is the base with adapters off. A fresh LoRA has B = 0, so policy and reference start bitwise equal and
+the KL at step 0 is exactly 0. Dropout never acts: every pass runs in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Lora, activate, adapter_parameters, attach, lora_layers
+from .backbone import Backbone, causal_logits, causal_logits_and_states, causal_states, parameter_bytes
+from .heads import ScalarHead
+
+POLICY, VALUE = "policy", "value"
+
+
+class Roles:
+    """One base in memory, read in three roles.
+
+    `critic = "shared"` puts the value head on the policy's own final states (one pass serves both); "adapter" gives
+    the critic a LoRA of its own.
+    """
+
+    def __init__(self, backbone: Backbone, lora: Lora, critic: Literal["shared", "adapter"] = "shared") -> None:
+        self.tokenizer = backbone.tokenizer
+        self.critic = critic
+        self.twin = _twin(backbone.model)
+        self.model: Any = attach(backbone.model, lora, POLICY, base=backbone.name)
+        if critic == "adapter":
+            attach(self.model, lora, VALUE)
+        self.head = ScalarHead(backbone.model.config.hidden_size).to(backbone.device)
+        self.model.requires_grad_(False)
+        for parameter in self.policy_parameters().values():
+            parameter.requires_grad_(True)
+        for parameter in self.critic_parameters().values():
+            parameter.requires_grad_(True)
+        activate(self.model, POLICY)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.linear.weight.device
+
+    def policy_parameters(self) -> dict[str, nn.Parameter]:
+        return adapter_parameters(self.model, POLICY)
+
+    def critic_parameters(self) -> dict[str, nn.Parameter]:
+        own = adapter_parameters(self.model, VALUE) if self.critic == "adapter" else {}
+        return own | {f"value_head.{n}": p for n, p in self.head.named_parameters()}
+
+    def policy_and_values(self, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Policy logits (B, keep, V) and values (B, keep) for the last `keep` tokens; V_t is read before token t."""
+        activate(self.model, POLICY)
+        if self.critic == "shared":
+            logits, states = causal_logits_and_states(self.model, ids, mask, keep)
+            return logits, self.head(states)
+        logits = causal_logits(self.model, ids, mask, keep)
+        return logits, self.values(ids, mask, keep)
+
+    def policy(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+        """Policy logits (B, keep, V)."""
+        activate(self.model, POLICY)
+        return causal_logits(self.model, ids, mask, keep)
+
+    def values(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+        """The critic's values (B, keep)."""
+        activate(self.model, POLICY if self.critic == "shared" else VALUE)
+        values: Tensor = self.head(causal_states(self.model, ids, mask, keep))
+        activate(self.model, POLICY)
+        return values
+
+    @torch.no_grad()
+    def reference(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+        """Reference logits (B, keep, V): the same base, adapters off."""
+        activate(self.model)
+        logits = causal_logits(self.model, ids, mask, keep)
+        activate(self.model, POLICY)
+        return logits
+
+    @torch.no_grad()
+    def refresh(self, role: str | None = POLICY) -> None:
+        """Write W + (alpha / r) B A of a role (None: W itself) into the sampler's copy; the base is only read."""
+        weights = dict(self.twin.named_parameters())
+        for name, layer in lora_layers(self.model).items():
+            base = layer.base_layer.weight
+            weights[f"{name}.weight"].copy_(base if role is None else base + layer.get_delta_weight(role).to(base.dtype))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that learns, for checkpoints."""
+        return {n: p.detach() for n, p in (self.policy_parameters() | self.critic_parameters()).items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        own = self.policy_parameters() | self.critic_parameters()
+        if own.keys() != state.keys():
+            raise KeyError(f"checkpoint and model differ: {sorted(own.keys() ^ state.keys())[:3]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+        self.refresh()
+
+    def frozen_parameters(self) -> dict[str, Tensor]:
+        """The base: everything that must be byte-identical after training."""
+        return {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
+
+    def bytes_per_role(self) -> dict[str, int]:
+        """Bytes of the shared base, of each role's own tensors, and of the sampler's copy beyond what it shares."""
+        base = self.frozen_parameters().values()
+        shared = {p.data_ptr() for p in base}
+        return {
+            "base": parameter_bytes(base),
+            "policy": parameter_bytes(self.policy_parameters().values()),
+            "value": parameter_bytes(self.critic_parameters().values()),
+            "sampler": parameter_bytes(p for p in self.twin.parameters() if p.data_ptr() not in shared),
+        }
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A second module tree that owns its linear weights and shares everything else with `model`."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear = nn.Linear | Conv1D
+    head = model.get_output_embeddings()
+    owned = {id(m.weight) for m in model.modules() if isinstance(m, linear) and m is not head}
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in owned}
+    return copy.deepcopy(model, memo=dict(shared)).requires_grad_(False).eval()

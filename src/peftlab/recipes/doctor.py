@@ -1,0 +1,130 @@
+"""Is this machine, and this model with its adapters, fit to train on? Every check has a value and a limit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..models.adapters import Lora, load_stack
+from ..models.backbone import causal_logits
+from ..models.roles import POLICY, Roles
+from ..ops.logprobs import token_logprobs
+from ..rl.rollout import PromptBatch, collect_rollout, first_step
+from ..runs.metrics import first_ratio_limit
+from ..sampling.sampler import Decoding, Sampler
+from .ppo import frozen_hash
+
+PROMPTS = ["This film", "I went to see it because", "A", "The best thing about this movie was the"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`ok` says whether `value` is within `limit`."""
+
+    name: str
+    value: float
+    limit: float
+    ok: bool
+    detail: str
+
+
+def run_doctor(stack_name: str = "tiny-gpt2", device: str = "auto") -> dict[str, Any]:
+    """Environment, and the checks of a stack with a fresh LoRA policy on it."""
+    backbone, stack = load_stack(stack_name, device=device)
+    roles = Roles(backbone, Lora(r=4, alpha=8))
+    tiny = stack.base == "tiny-gpt2" and roles.device.type == "cpu"
+    limit = first_ratio_limit("fp32", tiny_on_cpu=tiny)
+    checks = [*_rollout_checks(roles, limit), *_model_checks(roles), *_training_checks(roles)]
+    return {"schema_version": 1, "environment": environment(roles), "checks": [asdict(check) for check in checks]}
+
+
+def environment(roles: Roles) -> dict[str, Any]:
+    """Versions come from the run directory's own collection; here: device, threads, memory per role."""
+    from ..runs.environment import package_versions
+
+    return {
+        "packages": package_versions(),
+        "device": str(roles.device),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "hub_offline": os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "ON"),
+        "bytes_per_role": roles.bytes_per_role(),
+    }
+
+
+def _rollout_checks(roles: Roles, ratio_limit: float) -> list[Check]:
+    sampler, decoding = Sampler(roles.twin, roles.tokenizer), Decoding(max_new_tokens=16)
+    ids = [roles.tokenizer(p, add_special_tokens=False)["input_ids"] for p in PROMPTS]
+    batch = PromptBatch(ids, PROMPTS, [None] * len(PROMPTS))
+    rollout = collect_rollout(
+        sampler, roles, lambda p, c, r: (torch.zeros(len(c)), {}), batch, range(len(PROMPTS)), decoding
+    )
+    first = first_step(roles, rollout, decoding.temperature, ratio_limit)
+    checks = [
+        _limit("invariant/first_kl", first.kl, 0.0, "policy with a fresh LoRA against its reference, nats"),
+        _limit("invariant/first_ratio_error", first.ratio_error, ratio_limit, "sampled against recomputed log-probs"),
+    ]
+    width = rollout.completion_ids.shape[1]
+    with torch.no_grad():
+        padded = token_logprobs(roles.policy(rollout.ids, rollout.mask, width), rollout.completion_ids)
+        worst = 0.0
+        for row in range(len(PROMPTS)):
+            keep = rollout.prompt_mask[row].tolist() + [True] * width
+            alone = rollout.ids[row][torch.tensor(keep)].unsqueeze(0)
+            mask = rollout.mask[row][torch.tensor(keep)].unsqueeze(0)
+            logits = roles.policy(alone, mask, width)
+            lone = token_logprobs(logits, rollout.completion_ids[row : row + 1])[0]
+            worst = max(worst, float(((lone - padded[row]).abs() * rollout.completion_mask[row]).max()))
+        twin = causal_logits(roles.twin, rollout.ids, rollout.mask, width)
+        same = float((twin - roles.reference(rollout.ids, rollout.mask, width)).abs().max())
+    checks.append(_limit("padding/left_pad_error", worst, 1e-4, "log-probs of a padded row against the row alone, nats"))
+    checks.append(_limit("sampler/copy_error", same, 0.0, "logits of the sampler's merged copy against the reference"))
+    return checks
+
+
+def _model_checks(roles: Roles) -> list[Check]:
+    model, tokenizer = roles.model, roles.tokenizer
+    dropout = sum(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.training)
+    finite = sum(int((~torch.isfinite(p)).sum()) for p in model.parameters())
+    config = model.get_base_model().config
+    eos = tokenizer.eos_token_id
+    reachable = eos is not None and 0 <= eos < config.vocab_size
+    longest = max(len(tokenizer(p)["input_ids"]) for p in PROMPTS) + 48
+    separate = tokenizer.pad_token_id != eos
+    return [
+        _limit("model/active_dropout", float(dropout), 0.0, "sum of dropout rates that act in scoring passes"),
+        _limit("model/non_finite_weights", float(finite), 0.0, "NaN or infinite entries in base and adapters"),
+        Check("tokenizer/eos_reachable", float(reachable), 1.0, reachable, f"EOS id {eos} of {config.vocab_size}"),
+        _limit("tokenizer/size", float(len(tokenizer)), float(config.vocab_size), "token ids within the embedding"),
+        Check("tokenizer/pad", float(tokenizer.pad_token_id), float(config.vocab_size), True,
+              "pad differs from EOS" if separate else "pad is EOS: masks go by position, so EOS still trains"),
+        _limit("context/prompt_fits", float(longest), float(config.max_position_embeddings),
+               "longest check prompt plus 48 new tokens"),
+    ]
+
+
+def _training_checks(roles: Roles) -> list[Check]:
+    """One real optimizer step on the policy: it must move the adapter and nothing else."""
+    before = frozen_hash(roles)
+    parameters = list(roles.policy_parameters().values())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    ids = torch.tensor([roles.tokenizer(PROMPTS[-1])["input_ids"]], device=roles.device)
+    logits = roles.policy(ids, torch.ones_like(ids, dtype=torch.bool), ids.shape[1] - 1)
+    (-token_logprobs(logits, ids[:, 1:]).mean()).backward()
+    missing = sum(p.grad is None for p in parameters)
+    optimizer.step()
+    moved = sum(float(p.detach().abs().sum()) for n, p in roles.policy_parameters().items() if f"lora_B.{POLICY}" in n)
+    changed = float(frozen_hash(roles) != before)
+    return [
+        _limit("training/base_changed", changed, 0.0, "sha256 of the frozen tensors before and after a step"),
+        _limit("training/missing_gradients", float(missing), 0.0, "adapter tensors that got no gradient"),
+        Check("training/adapter_moved", moved, 0.0, moved > 0, "sum of |B| after one step; must be above 0"),
+    ]
+
+
+def _limit(name: str, value: float, limit: float, detail: str) -> Check:
+    return Check(name, value, limit, value <= limit, detail)

@@ -1,0 +1,312 @@
+"""PPO on a LoRA policy: steer how a language model continues reviews.
+
+Read `run` top to bottom: it is the whole job. The algorithm is `rl/ppo.py`, `step`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ..config import Config
+from ..data.prompts import openings
+from ..data.sources import RecordSet, load_records
+from ..errors import Interrupted, LabError, UserError
+from ..evaluation.policy import evaluate_side, perplexity_ratio
+from ..models.adapters import Lora, Stack, load_stack, save_adapter
+from ..models.backbone import pick_device
+from ..models.catalog import resolve
+from ..models.classifier import TextClassifier
+from ..models.roles import POLICY, Roles
+from ..rewards.parts import Reward, RewardPart, user_function
+from ..rewards.sentiment import SENTIMENTS, log_odds
+from ..rl.control import AdaptiveKL, FixedKL
+from ..rl.ppo import PPOSettings, PPOTrainer
+from ..rl.rollout import FirstStep, PromptBatch, Rollout
+from ..runs.metrics import first_ratio_limit
+from ..runs.rundir import RunDir
+from ..sampling.sampler import Decoding, Sampler
+from .common import seed_everything
+
+RECORDED_ROWS = 4
+NORMALISE_ON = 256
+
+
+class PPOConfig(Config):
+    """Every key of `peftlab ppo`. Times are in steps (one rollout and its update), lengths in tokens, KL in nats."""
+
+    recipe: Literal["ppo"] = "ppo"
+    model: str = Field("tiny-gpt2", description="a base model, or an adapter (an SFT run's) that becomes the reference")
+    train_data: str = "imdb:train"
+    eval_data: str = "imdb:prompts"
+    want: Literal["positive", "negative"] = "positive"
+    reward: str = Field("imdb-sentiment", description="classifier whose log-odds of `want` are the reward; empty = none")
+    reward_function: str = Field("", description="module:function, added to the reward as it is")
+    reward_function_weight: float = 1.0
+    judge: str = Field("imdb-judge", description="classifier of the evaluation; never the reward's")
+    prompt_tokens: tuple[int, int] = (2, 8)
+    max_new_tokens: int = Field(24, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    steps: int = Field(100, ge=1)
+    prompts_per_step: int = Field(128, ge=1)
+    minibatch_size: int = Field(64, ge=1)
+    epochs: int = Field(2, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    critic_lr: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(5, ge=0)
+    critic: Literal["shared", "adapter"] = "shared"
+    critic_warmup: int = Field(0, ge=0, description="first steps that train the critic alone")
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coef: float = 0.1
+    max_grad_norm: float = 1.0
+    whiten_rewards: bool = False
+    eos_penalty: float = 0.0
+    epoch_kl_stop: float = Field(0.02, description="nats a token from the sampling policy at which a step's epochs end")
+    kl_coef: float = 0.1
+    kl_target: float = Field(0.0, ge=0, description="nats a completion that an adaptive coefficient aims at; 0 = fixed")
+    kl_horizon: float = Field(10_000, gt=0, description="completions over which the coefficient adapts")
+    kl_stop: float = Field(0.0, ge=0, description="nats a completion at which the run ends; 0 = never")
+    eval_prompts: int = Field(256, ge=1)
+    save_every: int = Field(20, ge=1)
+    record_every: int = Field(10, ge=1, description="steps between recorded rollouts")
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: Lora = Lora()
+
+
+def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
+    """Train, evaluate before and after on held-out prompts, and write the run directory."""
+    with run.session():
+        if run.finished:
+            return run.summary or {}
+        seed_everything(config.seed)
+        backbone, under = load_stack(config.model, device=config.device, dtype=config.dtype)
+        if under.kind != "causal":
+            raise UserError(f"model {config.model}: a {under.kind}, but ppo needs a causal language model or its adapter")
+        roles = Roles(backbone, config.lora, config.critic)
+        base_hash = frozen_hash(roles)
+        run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
+
+        train = _prompts(run, config.train_data, roles.tokenizer, config, config.seed)
+        sampler = Sampler(roles.twin, roles.tokenizer)
+        decoding = Decoding(config.max_new_tokens, config.temperature)
+        reward = _reward(config)
+        checkpoint, skipped = run.checkpoints.newest_verified()
+        for reason in skipped:
+            run.event("checkpoint_skipped", reason=reason)
+        state = _read_state(checkpoint.path) if checkpoint else None
+        if state is None:
+            reward = _normalised(reward, sampler, train, decoding, config.seed)
+        else:
+            reward = reward.with_state(state["reward"])
+        trainer = PPOTrainer(roles, sampler, reward, _controller(config), _settings(config), decoding, config.seed)
+        trainer.first_ratio_limit = first_ratio_limit(
+            "bf16" if config.dtype == "bfloat16" else "fp32",
+            tiny_on_cpu=under.base == "tiny-gpt2" and roles.device.type == "cpu",
+        )
+        if state is not None:
+            trainer.load_state_dict(state["trainer"])
+        run.truncate_after(trainer.steps_done)
+
+        reason = None
+        seconds = []
+        while trainer.steps_done < config.steps and reason is None:
+            prompts = _batch(train, trainer.steps_done, config)
+            rollout, stats, token_tensors = trainer.step(prompts)
+            step = trainer.steps_done
+            run.log(stats, step)
+            seconds.append(stats["time/step_s"])
+            if step == 1 or step % config.record_every == 0:
+                run.append_rollouts(_records(rollout, token_tensors, sampler, step))
+            if config.kl_stop and stats["kl/reference"] > config.kl_stop:
+                reason = f"kl/reference {stats['kl/reference']:.2f} passed kl_stop {config.kl_stop} at step {step}"
+            signum = run.stop_requested
+            if signum or step % config.save_every == 0 or step == config.steps:
+                _write_state(run, step, {"trainer": trainer.state_dict(), "reward": reward.state()})
+            if signum:
+                raise Interrupted(signum)
+
+        if frozen_hash(roles) != base_hash:
+            raise LabError("the frozen base changed during training; its adapter was not saved")
+        folder = run.path / "adapter"
+        save_adapter(roles.model, POLICY, folder, _stack(config, under))
+        return _finish(config, run, roles, trainer.first, reason, statistics.median(seconds or [0.0]))
+
+
+def plan(config: PPOConfig) -> dict[str, Any]:
+    """What `--dry-run` prints: sizes of the job, nothing trained."""
+    backbone, under = load_stack(config.model, device="cpu")
+    roles = Roles(backbone, config.lora, config.critic)
+    rollouts = config.steps * config.prompts_per_step
+    vocabulary = backbone.model.config.vocab_size
+    logits = config.minibatch_size * config.max_new_tokens * vocabulary * 4
+    return {
+        "base": under.base,
+        "device": str(pick_device(config.device)),
+        "bytes": roles.bytes_per_role(),
+        "trained parameters": sum(p.numel() for p in (roles.policy_parameters() | roles.critic_parameters()).values()),
+        "rollouts": rollouts,
+        "tokens sampled": rollouts * config.max_new_tokens,
+        "bytes of one minibatch's logits": logits,
+    }
+
+
+def frozen_hash(roles: Roles) -> str:
+    """sha256 over every byte of the frozen parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(roles.frozen_parameters().items()):
+        digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _prompts(run: RunDir, spec: str, tokenizer: Any, config: PPOConfig, seed: int, limit: int | None = None) -> PromptBatch:
+    low, high = config.prompt_tokens
+    if not 1 <= low <= high:
+        raise UserError(f"prompt_tokens: expected 1 <= shortest <= longest, not {low}, {high}")
+    records: RecordSet = load_records(spec, "prompts", limit=limit, seed=seed)
+    run.record_data(spec, records.sha256, len(records.records))
+    token_ids = openings([r.prompt for r in records.records], tokenizer, low, high, seed)
+    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in token_ids]
+    return PromptBatch(token_ids, texts, records.records)
+
+
+def _reward(config: PPOConfig) -> Reward:
+    parts = []
+    if config.reward:
+        if config.reward == config.judge:
+            raise UserError(f"judge: {config.judge} is the reward too; an independent judge is another classifier")
+        classifier = TextClassifier.load(config.reward, device=config.device)
+        parts.append(RewardPart(config.reward, log_odds(classifier, config.want), normalise=True))
+    if config.reward_function:
+        function = user_function(config.reward_function)
+        parts.append(RewardPart(config.reward_function.split(":")[1], function, config.reward_function_weight))
+    if not parts:
+        raise UserError("reward: nothing to optimise; set reward to a classifier or reward_function to module:function")
+    return Reward(tuple(parts))
+
+
+def _normalised(reward: Reward, sampler: Sampler, train: PromptBatch, decoding: Decoding, seed: int) -> Reward:
+    """Gain and bias from completions of the SFT model, which the fresh policy still equals."""
+    rows = range(min(NORMALISE_ON, len(train.texts)))
+    samples = sampler.sample([train.token_ids[i] for i in rows], [seed + i for i in rows], decoding)
+    return reward.normalise([train.texts[i] for i in rows], sampler.texts(samples), [train.records[i] for i in rows])
+
+
+def _batch(prompts: PromptBatch, step: int, config: PPOConfig) -> PromptBatch:
+    """The prompts of a step: a function of seed and step alone, so the data cursor is the step number.
+
+    Runs through a fresh permutation of all prompts before any repeats.
+    """
+    total, size = len(prompts.texts), config.prompts_per_step
+    rows = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(position, total)
+        if not rows or offset == 0:
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        rows.append(int(order[offset]))
+    return PromptBatch(
+        [prompts.token_ids[i] for i in rows], [prompts.texts[i] for i in rows], [prompts.records[i] for i in rows]
+    )
+
+
+def _controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
+    if config.kl_target:
+        return AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+    return FixedKL(config.kl_coef)
+
+
+def _settings(config: PPOConfig) -> PPOSettings:
+    shared = PPOSettings.__dataclass_fields__.keys() & PPOConfig.model_fields.keys()
+    return PPOSettings(total_steps=config.steps, **{name: getattr(config, name) for name in shared})
+
+
+def _stack(config: PPOConfig, under: Stack) -> Stack:
+    entry = resolve(config.model)
+    merged = (*under.under, Path(entry.path)) if entry.kind == "adapter" else ()
+    return Stack("causal", under.base, under.fingerprint, merged, {"recipe": "ppo", "want": config.want})
+
+
+def _records(rollout: Rollout, tensors: dict[str, torch.Tensor], sampler: Sampler, step: int) -> list[dict[str, Any]]:
+    """The first rows of a rollout, token by token, for the inspector."""
+    columns = {
+        "logprob": rollout.logprobs,
+        "ref_logprob": rollout.ref_logprobs,
+        "kl": rollout.logprobs - rollout.ref_logprobs,
+        "value": rollout.values,
+        **tensors,
+    }
+    rows = []
+    for i in range(min(RECORDED_ROWS, len(rollout.completions))):
+        length = int(rollout.completion_mask[i].sum())
+        numbers = {name: values[i, :length].tolist() for name, values in columns.items()}
+        texts = [sampler.tokenizer.decode([t]) for t in rollout.completion_ids[i, :length].tolist()]
+        tokens = [
+            {"token": text, **{name: round(values[t], 6) for name, values in numbers.items()}}
+            for t, text in enumerate(texts)
+        ]
+        rows.append(
+            {
+                "step": step,
+                "prompt_id": rollout.prompts.records[i].id,
+                "prompt": rollout.prompts.texts[i],
+                "completion": rollout.completions[i],
+                "score": float(rollout.scores[i]),
+                "score_parts": {name: float(part[i]) for name, part in rollout.score_parts.items()},
+                "tokens": tokens,
+            }
+        )
+    return rows
+
+
+def _finish(
+    config: PPOConfig, run: RunDir, roles: Roles, first: FirstStep | None, reason: str | None, step_s: float
+) -> dict[str, Any]:
+    """Evaluate both sides on held-out prompts by the independent judge, and write samples and summary."""
+    held_out = _prompts(run, config.eval_data, roles.tokenizer, config, config.seed, limit=config.eval_prompts)
+    judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
+    label, decoding = SENTIMENTS[config.want], Decoding(config.max_new_tokens)
+    sides = {
+        name: evaluate_side(
+            roles, role, held_out.token_ids, held_out.texts, judge, label, decoding, seed=config.seed + 10**6
+        )
+        for name, role in (("before", None), ("after", POLICY))
+    }
+    before, after = sides["before"], sides["after"]
+    run.write_samples(
+        {
+            "prompt_id": record.id,
+            "side": name,
+            "prompt": prompt,
+            "completion": side.completions[i],
+            "judge": float(side.judge[i]),
+            "kl": float(side.kl[i]),
+        }
+        for name, side in sides.items()
+        for i, (record, prompt) in enumerate(zip(held_out.records, held_out.texts, strict=True))
+    )
+    metrics = after.metrics() | {"eval/perplexity_ratio": perplexity_ratio(before, after)}
+    if first is not None:
+        metrics |= {"invariant/first_kl": first.kl, "invariant/first_ratio_error": first.ratio_error}
+    baseline = before.metrics() | {"eval/perplexity_ratio": 1.0}
+    artifacts = {"adapter": "adapter", "samples": "samples.jsonl", "rollouts": "rollouts.jsonl"}
+    return run.finish(metrics, baseline, after.intervals(), artifacts, step_s, reason=reason)
+
+
+def _write_state(run: RunDir, step: int, state: dict[str, Any]) -> None:
+    with run.checkpoints.stage(step) as folder:
+        torch.save(state, folder / "state.pt")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """weights_only: a checkpoint holds tensors and plain numbers, and nothing else is ever unpickled."""
+    state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    return state

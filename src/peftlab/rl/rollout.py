@@ -1,0 +1,157 @@
+"""What one step of reinforcement learning looks at: completions with everything known about each of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LabError
+from ..models.roles import Roles
+from ..ops.kl import exact_kl
+from ..ops.logprobs import token_logprobs
+from ..ops.masks import masked_sum
+from ..sampling.sampler import Decoding, Sampler, Samples
+
+ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """B prompts: their token lists, their texts, and the records they came from (labels, ids)."""
+
+    token_ids: list[list[int]]
+    texts: list[str]
+    records: list[Any]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B completions of C tokens. Masks are True where a token counts; float tensors are float32.
+
+    prompts          the batch they answer
+    prompt_ids       (B, P) left-padded;  prompt_mask (B, P)
+    completion_ids   (B, C);              completion_mask (B, C), up to and including EOS
+    completions      B texts
+    logprobs         (B, C) of the policy while it sampled
+    ref_logprobs     (B, C) of the frozen reference
+    values           (B, C) the critic's estimate before each token
+    scores           (B,)   reward of the whole completion
+    score_parts      {name: (B,)}
+    """
+
+    prompts: PromptBatch
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    completions: list[str]
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    scores: Tensor
+    score_parts: dict[str, Tensor]
+
+    @property
+    def ids(self) -> Tensor:
+        return torch.cat([self.prompt_ids, self.completion_ids], 1)
+
+    @property
+    def mask(self) -> Tensor:
+        return torch.cat([self.prompt_mask, self.completion_mask], 1)
+
+
+def collect_rollout(
+    sampler: Sampler,
+    roles: Roles,
+    reward: ScoreFunction,
+    prompts: PromptBatch,
+    seeds: Sequence[int],
+    decoding: Decoding,
+    chunk: int = 256,
+) -> Rollout:
+    """Sample a completion per prompt and score it: reward, reference and critic. `chunk`: rows per scoring pass."""
+    samples = sampler.sample(prompts.token_ids, seeds, decoding)
+    completions = sampler.texts(samples)
+    scores, parts = reward(prompts.texts, completions, prompts.records)
+    ref_logprobs, values = _score_tokens(roles, samples, decoding.temperature, chunk)
+    return Rollout(
+        prompts=prompts,
+        prompt_ids=samples.prompt_ids,
+        prompt_mask=samples.prompt_mask,
+        completion_ids=samples.completion_ids,
+        completion_mask=samples.completion_mask,
+        completions=completions,
+        logprobs=samples.logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        scores=scores.to(samples.logprobs.device),
+        score_parts=parts,
+    )
+
+
+@torch.no_grad()
+def _score_tokens(roles: Roles, samples: Samples, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
+    keep = samples.completion_ids.shape[1]
+    logprobs, values = [], []
+    for ids, mask, tokens in zip(
+        samples.ids.split(chunk), samples.mask.split(chunk), samples.completion_ids.split(chunk), strict=True
+    ):
+        logprobs.append(token_logprobs(roles.reference(ids, mask, keep), tokens, temperature))
+        values.append(roles.values(ids, mask, keep))
+    return torch.cat(logprobs) * samples.completion_mask, torch.cat(values) * samples.completion_mask
+
+
+def shaped_rewards(rollout: Rollout, kl_coef: float, eos_penalty: float = 0.0, eos_id: int | None = None) -> Tensor:
+    """Per-token rewards (B, C): -kl_coef * k1 at every token, plus the score at the last one.
+
+    The k1 estimate inside the reward makes the policy gradient of the KL term unbiased (Ziegler et al. 2019, eq. 2).
+    `eos_penalty` is taken off completions that were cut before an EOS.
+    """
+    mask = rollout.completion_mask
+    rewards = -kl_coef * (rollout.logprobs - rollout.ref_logprobs) * mask
+    scores = rollout.scores.clone()
+    if eos_penalty and eos_id is not None:
+        scores -= eos_penalty * ((rollout.completion_ids == eos_id) & mask).logical_not().all(1)
+    last = mask.sum(1).clamp(min=1) - 1
+    return rewards.scatter_add(1, last.unsqueeze(1), scores.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """The two invariants of a run that starts right. `ratio_limit` is the declared limit of the dtype and device."""
+
+    kl: float
+    ratio_error: float
+    ratio_limit: float
+
+    def check(self) -> None:
+        """Raises LabError, which stops the run before its first update."""
+        if self.kl != 0.0:
+            raise LabError(
+                f"invariant/first_kl is {self.kl!r}, not 0.0: the policy differs from its reference before any "
+                "update (dropout on, an adapter that is not fresh, or a base changed by merging)"
+            )
+        if not self.ratio_error <= self.ratio_limit:
+            raise LabError(
+                f"invariant/first_ratio_error is {self.ratio_error:.2e}, above {self.ratio_limit:.0e}: the sampler's "
+                "log-probabilities are not those of the policy (positions, padding, temperature or precision)"
+            )
+
+
+@torch.no_grad()
+def first_step(roles: Roles, rollout: Rollout, temperature: float, ratio_limit: float) -> FirstStep:
+    """Measure both invariants on a rollout taken before the first update.
+
+    first_kl: summed exact KL between adapters-on and adapters-off logits, the largest completion of the batch.
+    first_ratio_error: max |exp(recomputed - sampled) - 1| over counted tokens.
+    """
+    keep = rollout.completion_ids.shape[1]
+    policy = roles.policy(rollout.ids, rollout.mask, keep)
+    kl = masked_sum(exact_kl(policy, roles.reference(rollout.ids, rollout.mask, keep)), rollout.completion_mask)
+    again = token_logprobs(policy, rollout.completion_ids, temperature)
+    error = torch.expm1(again - rollout.logprobs).abs() * rollout.completion_mask
+    return FirstStep(float(kl.abs().max()), float(error.max()), ratio_limit)

@@ -1,0 +1,283 @@
+"""One folder a run, which holds everything that the run was, did and found. Only recipes and the command line use it.
+
+run = RunDir.create(Path("runs"), "demo/ppo", "ppo", config_toml, resume=False)
+with run.session():
+    run.log({"reward/mean": 0.3}, step=1)
+    run.finish(metrics, baseline)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import re
+import time
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peftlab.errors import Interrupted, LabError, PeftlabError, UserError
+from peftlab.runs import environment as surroundings
+from peftlab.runs.atomic import append_line, append_rows, read_rows, write_json, write_rows, write_text
+from peftlab.runs.checkpoint import CheckpointStore
+from peftlab.runs.lock import LOCK, locked
+from peftlab.runs.metrics import metric
+from peftlab.runs.signals import StopSignals
+from peftlab.runs.summary import list_runs, read_summary
+
+__all__ = ["RunDir", "check_name", "list_runs", "read_summary"]
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def check_name(name: str) -> str:
+    """`name` itself if it may name a run, an adapter or a persona; UserError otherwise."""
+    if not _NAME.fullmatch(name) or name in (".", ".."):
+        raise UserError(
+            f"bad name {name!r}; use 1 to 64 letters, digits, dots, dashes or underscores, not . or .."
+        )
+    return name
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _differences(old_toml: str, new_toml: str) -> list[str]:
+    old, new = _flat(tomllib.loads(old_toml)), _flat(tomllib.loads(new_toml))
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key} ({old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now)" for key in keys]
+
+
+class RunDir:
+    """A run's folder. Make one with `create`, work inside `session`, end with `finish`.
+
+    `finished` is True where a resume met a run that is done: return `summary` and say so. `resumed` is True where earlier
+    work may be there to continue.
+    """
+
+    def __init__(
+        self, path: Path, name: str, recipe: str, *, resumed: bool, keep_checkpoints: int = 2
+    ) -> None:
+        self.path, self.name, self.recipe, self.resumed = path, name, recipe, resumed
+        self.checkpoints = CheckpointStore(path / "checkpoints", keep=keep_checkpoints)
+        self.summary: dict[str, Any] | None = None
+        if resumed and (path / "summary.json").exists():
+            self.summary = read_summary(path)
+        self._signals = StopSignals()
+        self._began = time.monotonic()
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        name: str,
+        recipe: str,
+        config_toml: str,
+        *,
+        resume: bool = False,
+        environment: Mapping[str, Any] | None = None,
+    ) -> RunDir:
+        """The folder `root/name`, new or, with `resume`, taken up again.
+
+        `name` is "run" or "demo/stage"; `config_toml` the resolved configuration; `environment` what the recipe adds to
+        environment.json (device, dtype, model and its hash). UserError where the folder holds another run, where there is
+        nothing to resume, or where recipe or configuration differ from the run to resume. A stage of a resumed demo that
+        was not reached yet starts fresh.
+        """
+        parts = name.split("/")
+        if len(parts) > 2:
+            raise UserError(f"bad run name {name!r}; at most one folder below another, as in demo/ppo")
+        path = root.joinpath(*map(check_name, parts))
+        if resume and not path.is_dir() and len(parts) == 1:
+            raise UserError(f"no run {name!r} in {root} to resume; drop --resume to start it")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            guard = contextlib.ExitStack()
+            guard.enter_context(locked(path))
+        except OSError as error:
+            raise UserError(
+                f"cannot use run folder {path}: {error.strerror}; choose another place or --run"
+            ) from None
+        with guard:
+            begun = (path / "config.toml").is_file()
+            if begun and resume:
+                cls._check_same(path, name, recipe, config_toml)
+            else:
+                cls._begin(path, name, recipe, config_toml, environment or {})
+            return cls(path, name, recipe, resumed=begun)
+
+    @staticmethod
+    def _check_same(path: Path, name: str, recipe: str, config_toml: str) -> None:
+        before = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+        if before.get("recipe") != recipe:
+            raise UserError(
+                f"run {name!r} is a {before.get('recipe')} run, not {recipe}; choose another --run"
+            )
+        differing = _differences((path / "config.toml").read_text(encoding="utf-8"), config_toml)
+        if differing:
+            raise UserError(
+                f"cannot resume run {name!r} with another configuration: {', '.join(differing)}; "
+                f"use the values of {path / 'config.toml'}, or another --run"
+            )
+
+    @staticmethod
+    def _begin(path: Path, name: str, recipe: str, config_toml: str, extra: Mapping[str, Any]) -> None:
+        # A run counts as begun once config.toml, written last, is there; what a kill left before that is ours to replace.
+        ours = {LOCK, "environment.json"}
+        if any(entry.name not in ours and ".tmp-" not in entry.name for entry in path.iterdir()):
+            raise UserError(
+                f"run folder {path} is not empty; --resume continues that run, another --run starts anew"
+            )
+        about = {
+            "schema_version": 1,
+            "run": name,
+            "recipe": recipe,
+            "started": _now(),
+            **surroundings.collect(),
+        }
+        write_json(path / "environment.json", {**about, **extra, "data": {}})
+        write_text(path / "config.toml", config_toml)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is done, so that nothing is left to resume."""
+        return self.summary is not None and self.summary["status"] == "done"
+
+    @property
+    def stop_requested(self) -> int | None:
+        """The number of the signal that asked the run to stop, None while it may go on."""
+        return self._signals.requested
+
+    def wall_s(self) -> float:
+        """Seconds of the work that counts: since `create`, plus those of the resumed part up to its checkpoint."""
+        return time.monotonic() - self._began
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Appends a row to metrics.jsonl. KeyError for a name outside the registry; what is not finite becomes null."""
+        for name in metrics:
+            metric(name)
+        values = {name: None if value is None else float(value) for name, value in metrics.items()}
+        append_line(
+            self.path / "metrics.jsonl", {"step": int(step), "time": round(self.wall_s(), 3), **values}
+        )
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Appends what happened, and when, to events.jsonl."""
+        append_line(self.path / "events.jsonl", {"time": _now(), "kind": kind, **fields})
+
+    def write_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces samples.jsonl, one row an evaluation prompt and side."""
+        write_rows(self.path / "samples.jsonl", [dict(row) for row in rows])
+
+    def append_rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends sampled rollouts, token by token, to rollouts.jsonl."""
+        append_rows(self.path / "rollouts.jsonl", [dict(row) for row in rows])
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the rows of metrics and rollouts past `step`, the checkpoint resumed from; the clock goes on from there."""
+        for file in (self.path / "metrics.jsonl", self.path / "rollouts.jsonl"):
+            if file.exists():
+                write_rows(file, [row for row in read_rows(file) if row.get("step", 0) <= step])
+        kept = [row.get("time") or 0.0 for row in read_rows(self.path / "metrics.jsonl")]
+        self._began -= max(kept, default=0.0)
+
+    def record_data(self, name: str, sha256: str, rows: int) -> None:
+        """Notes in environment.json which data the run read; UserError where a resumed run meets other data."""
+        file = self.path / "environment.json"
+        about = json.loads(file.read_text(encoding="utf-8"))
+        known = about["data"].get(name)
+        if known and known["sha256"] != sha256:
+            raise UserError(
+                f"data {name!r} has changed since run {self.name!r} began (sha256 {known['sha256'][:12]} then, "
+                f"{sha256[:12]} now); restore it, or start another --run"
+            )
+        about["data"][name] = {"sha256": sha256, "rows": rows}
+        write_json(file, about)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[RunDir]:
+        """Holds the run's lock and listens to SIGINT and SIGTERM. However the block ends, summary.json says how."""
+        with locked(self.path), StopSignals() as self._signals:
+            if not self.finished:
+                self._open()
+            try:
+                yield self
+                if self.summary is None:
+                    raise LabError(f"recipe {self.recipe} ended without figures: it never called finish()")
+            except BaseException as error:
+                if self.summary is None:
+                    self._end_early(error)
+                raise
+
+    def _open(self) -> None:
+        self.summary = None
+        (self.path / "summary.json").unlink(missing_ok=True)
+        self.checkpoints.clean()
+        for leftover in self.path.glob(".*.tmp-*"):
+            leftover.unlink(missing_ok=True)
+        for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl"):
+            if (self.path / name).exists():  # a line that a kill tore must not swallow the next one
+                write_rows(self.path / name, read_rows(self.path / name))
+        self.event("resume" if self.resumed else "start", packages=surroundings.package_versions())
+
+    def _end_early(self, error: BaseException) -> None:
+        known = isinstance(error, PeftlabError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}".rstrip(": ")
+        status = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        last: dict[str, float] = {}
+        for row in read_rows(self.path / "metrics.jsonl"):
+            last.update({name: value for name, value in row.items() if name not in ("step", "time")})
+        with contextlib.suppress(LabError):  # a full disk: the first error is the one to report
+            self.finish(last, {}, status=status, reason=reason)
+
+    def finish(
+        self,
+        metrics: Mapping[str, Any],
+        baseline: Mapping[str, Any],
+        intervals: Mapping[str, tuple[float, float]] | None = None,
+        artifacts: Mapping[str, str | Path] | None = None,
+        step_s: float | None = None,
+        status: str = "done",
+        reason: str | None = None,
+        stages: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Writes summary.json and returns it.
+
+        `baseline` holds the same names for the model before the job; `intervals` [low, high] a name; `artifacts` paths
+        inside the run, absolute or relative to it; `step_s` median seconds of a step; `stages` a demo's summaries.
+        A run that ends early is finished by `session`, with the last logged value of each metric.
+        """
+        for name in (*metrics, *baseline, *(intervals or {})):
+            metric(name)
+        summary: dict[str, Any] = {
+            "schema_version": 1,
+            "recipe": self.recipe,
+            "run": self.name,
+            "status": status,
+            "reason": reason,
+            "metrics": {name: None if value is None else float(value) for name, value in metrics.items()},
+            "baseline": {name: None if value is None else float(value) for name, value in baseline.items()},
+            "intervals": {name: [float(low), float(high)] for name, (low, high) in (intervals or {}).items()},
+            "time": {"wall_s": round(self.wall_s(), 3), "step_s": step_s},
+            "artifacts": {name: self._relative(path) for name, path in (artifacts or {}).items()},
+        }
+        if stages is not None:
+            summary["stages"] = {name: dict(stage) for name, stage in stages.items()}
+        self.event("finish", status=status, reason=reason)
+        write_json(self.path / "summary.json", summary)
+        self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        return self.summary  # type: ignore[return-value]
+
+    def _relative(self, path: str | Path) -> str:
+        place = Path(path)
+        return (place.resolve().relative_to(self.path.resolve()) if place.is_absolute() else place).as_posix()

@@ -1,0 +1,51 @@
+"""SIGINT and SIGTERM as a polite request first, as an order the second time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """Within the block the first signal sets `requested`, which the loop reads between steps; the second leaves at once.
+
+    The handlers found on entry come back on exit. A block inside another passes the request on to the outer one. Python
+    delivers signals to the main thread only, so on any other thread the block changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._previous.items():
+            # None stands for a handler that C code installed: signal.signal cannot put it back.
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def request(self, signum: int) -> None:
+        """Asks this block, and the blocks around it, to stop after the present step."""
+        self.requested = signum
+        outer = getattr(self._previous.get(signum), "__self__", None)
+        if isinstance(outer, StopSignals):
+            outer.request(signum)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            os._exit(128 + signum)
+        self.request(signum)
+        # os.write, since print inside a handler can meet its own buffer's lock.
+        os.write(2, b"\nstopping after this step, with a checkpoint; the same signal again leaves at once\n")

@@ -1,0 +1,1 @@
+"""The decode engine that rollouts, chat, evaluation and data building share."""
