@@ -32,3 +32,14 @@ def seeded() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def tiny_causal():
+    """Factory: "gpt2" or "llama" -> (a random model of two layers in eval mode, its 64-token tokenizer).
+
+    Weights are large enough that distributions are far from uniform.
+    """
+    import tiny
+
+    return tiny.causal
