@@ -11,7 +11,6 @@ from peftlab.models.roles import POLICY, Roles
 from peftlab.ops.kl import exact_kl
 from peftlab.ops.logprobs import token_logprobs
 from peftlab.ops.masks import masked_sum
-from peftlab.recipes.ppo import frozen_hash
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 8], [3, 4, 5, 9, 10, 11]])
 MASK = torch.tensor([[False, False, True, True, True, True], [True] * 6])
@@ -65,7 +64,7 @@ def test_embeddings_are_shared_and_linear_weights_are_not(roles):
 
 
 def test_training_moves_adapters_and_nothing_else(roles):
-    before = frozen_hash(roles)
+    before = roles.frozen_hash()
     optimizer = torch.optim.AdamW(
         [*roles.policy_parameters().values(), *roles.critic_parameters().values()], lr=0.01, weight_decay=0.1
     )
@@ -76,7 +75,7 @@ def test_training_moves_adapters_and_nothing_else(roles):
         loss.backward()
         assert all(p.grad is not None for p in roles.policy_parameters().values())
         optimizer.step()
-    assert frozen_hash(roles) == before
+    assert roles.frozen_hash() == before
     assert not torch.equal(roles.policy(IDS, MASK, 3), roles.reference(IDS, MASK, 3))
 
 

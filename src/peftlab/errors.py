@@ -1,7 +1,7 @@
 """The three ways a run ends early, and the exit code of each.
 
-A message is one sentence for a person: what is wrong; where (file:line or key); what to do about it. The command line
-prints it without a traceback. Any other exception is a bug of ours and keeps its traceback.
+A message is one sentence for a person: what is wrong; where (file:line or key); what to do about it. The
+command line prints it without a traceback. Any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations

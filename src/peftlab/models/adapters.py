@@ -51,8 +51,10 @@ def linear_names(model: nn.Module) -> list[str]:
     """Leaf names of every linear layer inside the transformer (heads and embeddings excluded)."""
     from transformers.pytorch_utils import Conv1D
 
-    names = {n.rsplit(".", 1)[-1] for n, m in trunk(model).named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    return sorted(names)
+    linear = (n for n, m in trunk(model).named_modules() if isinstance(m, nn.Linear | Conv1D))
+    # A layer that has adapters already appears as NAME.base_layer beside NAME.lora_A.ADAPTER.
+    own = {n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in linear if ".lora_" not in n}
+    return sorted(own)
 
 
 def attach(model: nn.Module, lora: Lora, name: str, kind: Kind = "causal", base: str = "") -> Any:

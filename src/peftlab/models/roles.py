@@ -7,6 +7,7 @@ the KL at step 0 is exactly 0. Dropout never acts: every pass runs in eval mode.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -106,6 +107,14 @@ class Roles:
     def frozen_parameters(self) -> dict[str, Tensor]:
         """The base: everything that must be byte-identical after training."""
         return {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
+
+    def frozen_hash(self) -> str:
+        """sha256 over every byte of the frozen parameters."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.frozen_parameters().items()):
+            data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + data.numpy().tobytes())
+        return digest.hexdigest()
 
     def bytes_per_role(self) -> dict[str, int]:
         """Bytes of the shared base, of each role's own tensors, and of the sampler's copy beyond what it shares."""

@@ -15,7 +15,6 @@ from ..ops.logprobs import token_logprobs
 from ..rl.rollout import PromptBatch, collect_rollout, first_step
 from ..runs.metrics import first_ratio_limit
 from ..sampling.sampler import Decoding, Sampler
-from .ppo import frozen_hash
 
 PROMPTS = ["This film", "I went to see it because", "A", "The best thing about this movie was the"]
 
@@ -109,7 +108,7 @@ def _model_checks(roles: Roles) -> list[Check]:
 
 def _training_checks(roles: Roles) -> list[Check]:
     """One real optimizer step on the policy: it must move the adapter and nothing else."""
-    before = frozen_hash(roles)
+    before = roles.frozen_hash()
     parameters = list(roles.policy_parameters().values())
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     ids = torch.tensor([roles.tokenizer(PROMPTS[-1])["input_ids"]], device=roles.device)
@@ -118,7 +117,7 @@ def _training_checks(roles: Roles) -> list[Check]:
     missing = sum(p.grad is None for p in parameters)
     optimizer.step()
     moved = sum(float(p.detach().abs().sum()) for n, p in roles.policy_parameters().items() if f"lora_B.{POLICY}" in n)
-    changed = float(frozen_hash(roles) != before)
+    changed = float(roles.frozen_hash() != before)
     return [
         _limit("training/base_changed", changed, 0.0, "sha256 of the frozen tensors before and after a step"),
         _limit("training/missing_gradients", float(missing), 0.0, "adapter tensors that got no gradient"),

@@ -5,7 +5,6 @@ Read `run` top to bottom: it is the whole job. The algorithm is `rl/ppo.py`, `st
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +92,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         if under.kind != "causal":
             raise UserError(f"model {config.model}: a {under.kind}, but ppo needs a causal language model or its adapter")
         roles = Roles(backbone, config.lora, config.critic)
-        base_hash = frozen_hash(roles)
+        base_hash = roles.frozen_hash()
         run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
 
         train = _prompts(run, config.train_data, roles.tokenizer, config, config.seed)
@@ -108,11 +107,8 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
             reward = _normalised(reward, sampler, train, decoding, config.seed)
         else:
             reward = reward.with_state(state["reward"])
-        trainer = PPOTrainer(roles, sampler, reward, _controller(config), _settings(config), decoding, config.seed)
-        trainer.first_ratio_limit = first_ratio_limit(
-            "bf16" if config.dtype == "bfloat16" else "fp32",
-            tiny_on_cpu=under.base == "tiny-gpt2" and roles.device.type == "cpu",
-        )
+        settings = _settings(config, tiny_on_cpu=under.base == "tiny-gpt2" and roles.device.type == "cpu")
+        trainer = PPOTrainer(roles, sampler, reward, _controller(config), settings, decoding, config.seed)
         if state is not None:
             trainer.load_state_dict(state["trainer"])
         run.truncate_after(trainer.steps_done)
@@ -135,7 +131,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
             if signum:
                 raise Interrupted(signum)
 
-        if frozen_hash(roles) != base_hash:
+        if roles.frozen_hash() != base_hash:
             raise LabError("the frozen base changed during training; its adapter was not saved")
         folder = run.path / "adapter"
         save_adapter(roles.model, POLICY, folder, _stack(config, under))
@@ -158,14 +154,6 @@ def plan(config: PPOConfig) -> dict[str, Any]:
         "tokens sampled": rollouts * config.max_new_tokens,
         "bytes of one minibatch's logits": logits,
     }
-
-
-def frozen_hash(roles: Roles) -> str:
-    """sha256 over every byte of the frozen parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(roles.frozen_parameters().items()):
-        digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _prompts(run: RunDir, spec: str, tokenizer: Any, config: PPOConfig, seed: int, limit: int | None = None) -> PromptBatch:
@@ -224,9 +212,10 @@ def _controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
     return FixedKL(config.kl_coef)
 
 
-def _settings(config: PPOConfig) -> PPOSettings:
+def _settings(config: PPOConfig, tiny_on_cpu: bool) -> PPOSettings:
     shared = PPOSettings.__dataclass_fields__.keys() & PPOConfig.model_fields.keys()
-    return PPOSettings(total_steps=config.steps, **{name: getattr(config, name) for name in shared})
+    limit = first_ratio_limit("bf16" if config.dtype == "bfloat16" else "fp32", tiny_on_cpu=tiny_on_cpu)
+    return PPOSettings(total_steps=config.steps, ratio_limit=limit, **{name: getattr(config, name) for name in shared})
 
 
 def _stack(config: PPOConfig, under: Stack) -> Stack:

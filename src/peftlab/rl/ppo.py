@@ -50,6 +50,7 @@ class PPOSettings:
     eos_penalty: float = 0.0
     total_steps: int = 100
     warmup_steps: int = 10
+    ratio_limit: float = 1e-4
 
 
 class PPOTrainer:
@@ -69,7 +70,6 @@ class PPOTrainer:
         self.settings, self.decoding = settings, decoding
         self.generator = torch.Generator().manual_seed(seed)
         self.steps_done = 0
-        self.first_ratio_limit = 1e-4
         self.first: FirstStep | None = None
         groups = [
             {"params": list(roles.policy_parameters().values()), "lr": settings.lr},
@@ -86,7 +86,7 @@ class PPOTrainer:
         )
         sampled = time.perf_counter()
         if self.first is None:
-            self.first = first_step(self.roles, rollout, self.decoding.temperature, self.first_ratio_limit)
+            self.first = first_step(self.roles, rollout, self.decoding.temperature, settings.ratio_limit)
             self.first.check()
         mask, eos_id = rollout.completion_mask, self.sampler.eos_id
         rewards = shaped_rewards(rollout, self.kl.coef, settings.eos_penalty, eos_id)

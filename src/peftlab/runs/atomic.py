@@ -1,7 +1,7 @@
 """Files that are either whole or absent, whatever happens to the process or the disk.
 
-JSON is written as ASCII: a lone surrogate cannot break it, and a terminal that prints a run's file raw meets no control
-character. Numbers that are not finite become null, since JSON has no NaN.
+JSON is written as ASCII: a lone surrogate cannot break it, and a terminal that prints a run's file raw meets
+no control character. Numbers that are not finite become null, since JSON has no NaN.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peftlab.errors import LabError
+from ..errors import LabError
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def fsync_file(path: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: non-finite floats become None, paths strings, scalars of other libraries floats."""
+    """`value` as JSON can hold it: non-finite floats become None, paths strings, other scalars floats."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot spoil: staged, hashed, renamed, and verified before anyone resumes from one."""
+"""Checkpoints that a kill cannot spoil: staged, hashed, renamed, and verified before a resume trusts one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftlab.errors import LabError
-from peftlab.runs.atomic import fsync_file, fsync_folder, write_json
+from ..errors import LabError
+from .atomic import fsync_file, fsync_folder, write_json
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -91,7 +91,7 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, `folder/step-00000123`; the newest `keep` stay. One process writes at a time."""
+    """The checkpoints of one run, `folder/step-00000123`, the newest `keep` of them. One writer at a time."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         if keep < 1:
@@ -112,7 +112,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def stage(self, step: int) -> Iterator[Path]:
-        """A temporary folder to write the state of `step` into; a checkpoint once the block ends without an error.
+        """A temporary folder for the state of `step`, which becomes a checkpoint when the block ends well.
 
         Where the block or the disk fails, the folder is removed and earlier checkpoints are untouched.
         """
@@ -134,7 +134,7 @@ class CheckpointStore:
         self._prune(step)
 
     def newest_verified(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint whose files all match their manifest, and why each newer one was passed over."""
+        """The newest checkpoint whose files all match its manifest, and why each newer one was skipped."""
         skipped: list[str] = []
         for step in reversed(self.steps()):
             problems = verify_manifest(self.path(step))
@@ -144,7 +144,7 @@ class CheckpointStore:
         return None, skipped
 
     def clean(self) -> None:
-        """Removes what a killed writer left; a checkpoint caught in the middle of its replacement is put back."""
+        """Removes what a killed writer left; a checkpoint caught in mid-replacement is put back."""
         if not self.folder.is_dir():
             return
         for path in list(self.folder.iterdir()):

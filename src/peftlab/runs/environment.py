@@ -23,7 +23,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that the command runs in, with `-dirty` where files differ from it; None outside one."""
+    """The commit of the checkout that the command runs in, `-dirty` where files differ; None outside one."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -1,4 +1,4 @@
-"""One process at a time in a run directory. The kernel drops a flock when its process dies, so no lock goes stale."""
+"""One process at a time in a run directory. The kernel drops a flock with its process: no lock goes stale."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from peftlab.errors import UserError
+from ..errors import UserError
 
 LOCK = ".lock"
 

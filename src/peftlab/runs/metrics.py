@@ -1,7 +1,7 @@
 """Every metric that peftlab writes: what it means exactly, where it should lie, which way is better.
 
-One registry serves the run directory (an unknown name is a programmer's KeyError), the report and docs/metrics.md, which
-is the output of `python -m peftlab.runs.metrics`.
+One registry serves the run directory (an unknown name is a programmer's KeyError), the report and
+docs/metrics.md, which is the output of `python -m peftlab.runs.metrics`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Literal
 class Metric:
     """A metric's meaning.
 
-    `healthy` is the range (low, high) that the field expects, None for an open end, with its `source`; `limit` is the
-    value above which the run stops.
+    `healthy` is the range (low, high) that the field expects, None for an open end, with its `source`;
+    `limit` is the value above which the run stops.
     """
 
     name: str
@@ -27,122 +27,292 @@ class Metric:
     source: str = ""
 
 
-# The cached decode rounds differently from the full forward that recomputes it; measured, see docs and the LOG.
+# The cached decode rounds differently from the full forward that recomputes it.
 FIRST_RATIO_LIMITS = {"tiny-gpt2 in fp32 on CPU": 1e-5, "fp32": 1e-4, "tf32": 5e-3, "bf16": 5e-3}
 
 
 def first_ratio_limit(precision: str, *, tiny_on_cpu: bool = False) -> float:
     """The limit of invariant/first_ratio_error for `precision` "fp32", "tf32" or "bf16"."""
-    return FIRST_RATIO_LIMITS["tiny-gpt2 in fp32 on CPU" if tiny_on_cpu and precision == "fp32" else precision]
+    tiny = tiny_on_cpu and precision == "fp32"
+    return FIRST_RATIO_LIMITS["tiny-gpt2 in fp32 on CPU" if tiny else precision]
 
 
 _N = "nats"
 _REGISTRY = [
-    Metric("train/loss", "Mean cross-entropy per counted target token (per row for a classifier), averaged over the "
-           "optimizer steps since the last log.", _N, better="lower"),
+    Metric(
+        "train/loss",
+        "Mean cross-entropy per counted target token (per row for a classifier), averaged over the "
+        "optimizer steps since the last log.",
+        unit="nats", better="lower",
+    ),
     Metric("train/lr", "Learning rate of the step just taken."),
-    Metric("train/grad_norm", "L2 norm of the gradient over all trained parameters, before clipping.",
-           source="watch for jumps: a spike of 10x its running level precedes divergence"),
-    Metric("train/tokens_per_s", "Tokens that are not padding, per second of training, since the last log.", "tokens/s",
-           better="higher"),
-    Metric("eval/accuracy", "Share of the held-out rows whose most probable label is the true one.", better="higher"),
-    Metric("eval/f1", "Unweighted mean over labels of F1 = 2PR / (P + R), P and R taken over the held-out rows.",
-           better="higher"),
-    Metric("eval/ece", "Expected calibration error: over 15 equal-width bins of the top probability, the mean of "
-           "|accuracy - confidence| weighted by the rows in each bin.", healthy=(0, 0.02), better="lower",
-           source="the lab's target; definition: Naeini et al. 2015"),
-    Metric("eval/loss", "Mean cross-entropy per counted target token (per row for a classifier or pairwise model) over "
-           "the held-out rows.", _N, better="lower"),
-    Metric("eval/perplexity", "exp of the total negative log-likelihood of the held-out tokens divided by their number, "
-           "each predicted from the tokens before it in its window.", better="lower"),
-    Metric("eval/rouge1", "ROUGE-1 F-measure x 100: unigram overlap of summary and reference, stemmed, mean over rows.",
-           "points", better="higher", source="Lin 2004"),
-    Metric("eval/rouge2", "ROUGE-2 F-measure x 100: bigram overlap of summary and reference, stemmed, mean over rows.",
-           "points", better="higher", source="Lin 2004"),
-    Metric("eval/rougeL", "ROUGE-L F-measure x 100: longest common subsequence of summary and reference, stemmed, mean "
-           "over rows.", "points", better="higher", source="Lin 2004"),
-    Metric("eval/pair_accuracy", "Share of the held-out pairs whose chosen answer scores above the rejected one; a tie "
-           "counts one half.", better="higher"),
-    Metric("eval/judge", "Mean probability of the wanted sentiment by a judge that shares neither architecture nor data "
-           "with the reward, over one sampled completion an evaluation prompt.", better="higher"),
-    Metric("eval/kl", "Exact KL(policy || reference) over the full vocabulary at each token of the policy's samples, "
-           "summed over a completion, mean over completions.", _N, better="lower",
-           source="spend: the tilted optimum of a 0/1 reward of mean .5 reaches .92 at 0.67 nats (computed)"),
-    Metric("eval/length", "Counted tokens of a completion, its EOS included, mean over completions.", "tokens"),
-    Metric("eval/perplexity_ratio", "exp of the mean negative log-likelihood, under the frozen SFT model, of the policy's "
-           "samples, over the same of SFT's own samples, both at temperature 1.", healthy=(None, 1.3), better="lower",
-           source="the lab's demo bound; above it the text drifts from the language of the data"),
-    Metric("eval/distinct_1", "Different unigrams over all unigrams, pooled over the completions.", better="higher",
-           source="Li et al. 2016"),
-    Metric("eval/distinct_2", "Different bigrams over all bigrams, pooled over the completions.", better="higher",
-           source="Li et al. 2016"),
-    Metric("eval/self_bleu_4", "BLEU-4 of each completion with the others as references, mean over completions; high "
-           "means that they repeat each other.", better="lower", source="Zhu et al. 2018"),
-    Metric("eval/entropy", "Entropy of the policy's next-token distribution, mean over the counted tokens of its samples.",
-           _N),
-    Metric("eval/reward", "Reward before any KL penalty, mean over the evaluation completions.", better="higher"),
-    Metric("eval/eos_fraction", "Share of the evaluation completions that end with EOS within the length limit."),
-    Metric("invariant/first_kl", "Exact KL between the logits with adapters on and off in one scoring pass, summed over a "
-           "completion, the mean over the first batch, before the first update.", _N, healthy=(0, 0), better="lower",
-           limit=0.0, source="a fresh LoRA equals its base bitwise"),
-    Metric("invariant/first_ratio_error", "Largest |exp(logp recomputed - logp sampled) - 1| over the counted tokens of "
-           "the first batch, before the first update.", healthy=(0, 1e-4), better="lower", limit=1e-4,
-           source="float noise of the cached decode; limits by precision: "
-           + ", ".join(f"{limit:g} {where}" for where, limit in FIRST_RATIO_LIMITS.items())),
-    Metric("reward/mean", "Reward of a completion before any KL penalty (the sum of its weighted parts), mean over the "
-           "step's rollouts.", better="higher"),
-    Metric("reward/std", "Standard deviation of that reward over the step's rollouts.", healthy=(0.1, None),
-           source="judgement: with rewards normalised to variance 1, near 0 leaves nothing to learn from"),
-    Metric("reward/part/*", "One named part of the reward, before weighting, mean over the step's rollouts.",
-           better="higher"),
-    Metric("kl/reference", "k1 estimate of KL(policy || reference): log p_policy - log p_reference of the sampled tokens, "
-           "summed over a completion, mean over the step's rollouts.", _N, better="lower",
-           source="Schulman 2020; unbiased, may dip below 0 by chance, keeps below 0 only where sampling is truncated"),
-    Metric("kl/k3", "k3 estimate of the same: (r - 1) - log r with r = p_reference / p_policy, summed over a completion, "
-           "mean over the step's rollouts; never negative.", _N, healthy=(0, None), better="lower", source="Schulman 2020"),
+    Metric(
+        "train/grad_norm",
+        "L2 norm of the gradient over all trained parameters, before clipping.",
+        source="watch for jumps: a spike of 10x its running level precedes divergence",
+    ),
+    Metric(
+        "train/tokens_per_s",
+        "Tokens that are not padding, per second of training, since the last log.",
+        unit="tokens/s", better="higher",
+    ),
+    Metric(
+        "eval/accuracy",
+        "Share of the held-out rows whose most probable label is the true one.",
+        better="higher",
+    ),
+    Metric(
+        "eval/f1",
+        "Unweighted mean over labels of F1 = 2PR / (P + R), P and R taken over the held-out rows.",
+        better="higher",
+    ),
+    Metric(
+        "eval/ece",
+        "Expected calibration error: over 15 equal-width bins of the top probability, the mean of |accuracy "
+        "- confidence| weighted by the rows in each bin.",
+        healthy=(0, 0.02), better="lower", source="the lab's target; definition: Naeini et al. 2015",
+    ),
+    Metric(
+        "eval/loss",
+        "Mean cross-entropy per counted target token (per row for a classifier or pairwise model) over the "
+        "held-out rows.",
+        unit="nats", better="lower",
+    ),
+    Metric(
+        "eval/perplexity",
+        "exp of the total negative log-likelihood of the held-out tokens divided by their number, each "
+        "predicted from the tokens before it in its window.",
+        better="lower",
+    ),
+    Metric(
+        "eval/rouge1",
+        "ROUGE-1 F-measure x 100: unigram overlap of summary and reference, stemmed, mean over rows.",
+        unit="points", better="higher", source="Lin 2004",
+    ),
+    Metric(
+        "eval/rouge2",
+        "ROUGE-2 F-measure x 100: bigram overlap of summary and reference, stemmed, mean over rows.",
+        unit="points", better="higher", source="Lin 2004",
+    ),
+    Metric(
+        "eval/rougeL",
+        "ROUGE-L F-measure x 100: longest common subsequence of summary and reference, stemmed, mean over "
+        "rows.",
+        unit="points", better="higher", source="Lin 2004",
+    ),
+    Metric(
+        "eval/pair_accuracy",
+        "Share of the held-out pairs whose chosen answer scores above the rejected one; a tie counts one "
+        "half.",
+        better="higher",
+    ),
+    Metric(
+        "eval/judge",
+        "Mean probability of the wanted sentiment by a judge that shares neither architecture nor data with "
+        "the reward, over the evaluation prompts, one sampled completion each.",
+        better="higher",
+    ),
+    Metric(
+        "eval/kl",
+        "Exact KL(policy || reference) over the full vocabulary at each token of the policy's samples, "
+        "summed over a completion, mean over completions.",
+        unit="nats", better="lower",
+        source="spend: the tilted optimum of a 0/1 reward of mean .5 reaches .92 at 0.67 nats (computed)",
+    ),
+    Metric(
+        "eval/length",
+        "Counted tokens of a completion, its EOS included, mean over completions.",
+        unit="tokens",
+    ),
+    Metric(
+        "eval/perplexity_ratio",
+        "exp of the mean negative log-likelihood, under the frozen SFT model, of the policy's samples, over "
+        "the same of SFT's own samples, both at temperature 1.",
+        healthy=(None, 1.3), better="lower",
+        source="the lab's demo bound; above it the text drifts from the language of the data",
+    ),
+    Metric(
+        "eval/distinct_1",
+        "Different words over all words (lower-cased, split at white space), pooled over the completions; "
+        "it falls as their number grows, so compare equal counts.",
+        better="higher", source="Li et al. 2016",
+    ),
+    Metric(
+        "eval/distinct_2",
+        "Different pairs of neighbouring words over all such pairs, pooled over the completions; it falls "
+        "as their number grows, so compare equal counts.",
+        better="higher", source="Li et al. 2016",
+    ),
+    Metric(
+        "eval/self_bleu_4",
+        "BLEU-4 of each completion with the others as references, mean over completions; high means that "
+        "they repeat each other.",
+        better="lower", source="Zhu et al. 2018",
+    ),
+    Metric(
+        "eval/entropy",
+        "Entropy of the policy's next-token distribution, mean over the counted tokens of its samples.",
+        unit="nats/token",
+    ),
+    Metric(
+        "eval/reward",
+        "Reward before any KL penalty, mean over the evaluation completions.",
+        better="higher",
+    ),
+    Metric(
+        "eval/eos_fraction",
+        "Share of the evaluation completions that EOS ended before the length limit.",
+    ),
+    Metric(
+        "invariant/first_kl",
+        "Exact KL between the logits with adapters on and off in one scoring pass, summed over a "
+        "completion, the largest of the first batch, before the first update.",
+        unit="nats", healthy=(0, 0), better="lower", limit=0.0,
+        source="a fresh LoRA equals its base bitwise",
+    ),
+    Metric(
+        "invariant/first_ratio_error",
+        "Largest |exp(logp recomputed - logp sampled) - 1| over the counted tokens of the first batch, "
+        "before the first update.",
+        healthy=(0, 1e-4), better="lower", limit=1e-4,
+        source="float noise of the cached decode; limits by precision: "
+        + ", ".join(f"{limit:g} {where}" for where, limit in FIRST_RATIO_LIMITS.items()),
+    ),
+    Metric(
+        "reward/mean",
+        "Reward of a completion before any KL penalty (the sum of its weighted parts), mean over the step's "
+        "rollouts.",
+        better="higher",
+    ),
+    Metric(
+        "reward/std",
+        "Standard deviation of that reward over the step's rollouts.",
+        healthy=(0.1, None),
+        source="judgement: with rewards normalised to variance 1, near 0 leaves nothing to learn from",
+    ),
+    Metric(
+        "reward/part/*",
+        "One named part of the reward, before weighting, mean over the step's rollouts.",
+        better="higher",
+    ),
+    Metric(
+        "kl/reference",
+        "k1 estimate of KL(policy || reference): log p_policy - log p_reference of the sampled tokens, "
+        "summed over a completion, mean over the step's rollouts.",
+        unit="nats", better="lower",
+        source="Schulman 2020; unbiased, may dip below 0 by chance, keeps below 0 only where sampling is "
+               "truncated",
+    ),
+    Metric(
+        "kl/k3",
+        "k3 estimate of the same: (r - 1) - log r with r = p_reference / p_policy, summed over a "
+        "completion, mean over the step's rollouts; never negative.",
+        unit="nats", healthy=(0, None), better="lower", source="Schulman 2020",
+    ),
     Metric("kl/coef", "Coefficient beta of the per-token KL penalty in this step's rewards."),
-    Metric("policy/loss", "Clipped surrogate loss per counted token, mean over the step's minibatches; its level says "
-           "little, since advantages are whitened.", source="Schulman et al. 2017, eq. 7"),
-    Metric("policy/approx_kl", "KL(old || new) between the policy that sampled and the policy being trained, estimated as "
-           "(r - 1) - log r with r = p_new / p_old, mean over the counted tokens of the step's minibatches.", "nats/token",
-           healthy=(0, 0.02), better="lower", source="epochs break above .02 (RECIPES; Spinning Up uses .015)"),
-    Metric("policy/clip_fraction", "Share of the counted tokens whose ratio p_new / p_old lies outside 1 +- clip, over the "
-           "step's minibatches.", healthy=(0, 0.3), better="lower",
-           source="above .3 most of the step's gradient is thrown away (judgement)"),
-    Metric("policy/ratio_error", "Largest |p_new / p_old - 1| over the counted tokens of the step's first minibatch, "
-           "before any update of the step.", healthy=(0, 1e-4), better="lower",
-           source="the float noise of invariant/first_ratio_error, watched through the run"),
-    Metric("policy/entropy", "Entropy of the policy's next-token distribution, mean over the counted tokens of the step's "
-           "rollouts.", _N, source="a steady fall towards 0 is collapse"),
-    Metric("policy/grad_norm", "L2 norm of the gradient of the policy's parameters before clipping, mean over the step's "
-           "minibatches."),
-    Metric("value/loss", "Clipped squared error of the value against the return, halved, mean over the counted tokens of "
-           "the step's minibatches.", better="lower", source="Schulman et al. 2017, eq. 9; value clipping: baselines"),
-    Metric("value/clip_fraction", "Share of the counted tokens where the clipped value error is the larger one.",
-           healthy=(0, 0.3), better="lower", source="as policy/clip_fraction"),
-    Metric("value/explained_variance", "1 - Var(return - value) / Var(return) over the counted tokens of the step's "
-           "rollouts; 1 is perfect, 0 is no better than a constant.", healthy=(0, 1), better="higher",
-           source="below 0 the critic hurts; usual within the first steps"),
-    Metric("rollout/length", "Counted tokens of a completion, its EOS included, mean over the step's rollouts.", "tokens"),
-    Metric("rollout/eos_fraction", "Share of the step's rollouts that end with EOS within the length limit."),
-    Metric("advantage/mean", "Mean advantage over the counted tokens, before whitening.",
-           source="far from 0 the critic is off"),
+    Metric(
+        "policy/loss",
+        "Clipped surrogate loss per counted token, mean over the step's minibatches; its level says little, "
+        "since advantages are whitened.",
+        source="Schulman et al. 2017, eq. 7",
+    ),
+    Metric(
+        "policy/approx_kl",
+        "KL(old || new) between the policy that sampled and the policy being trained, estimated as (r - 1) "
+        "- log r with r = p_new / p_old, mean over the counted tokens of the step's minibatches.",
+        unit="nats/token", healthy=(0, 0.02), better="lower",
+        source="epochs break above .02 (RECIPES; Spinning Up uses .015)",
+    ),
+    Metric(
+        "policy/clip_fraction",
+        "Share of the counted tokens whose gradient the clip cuts off (the ratio p_new / p_old lies past 1 "
+        "+- clip in the direction of the advantage), mean over the step's minibatches.",
+        healthy=(0, 0.3), better="lower",
+        source="above .3 most of the step's gradient is thrown away (judgement)",
+    ),
+    Metric(
+        "policy/ratio_error",
+        "Largest |p_new / p_old - 1| over the counted tokens of the step's first minibatch, before any "
+        "update of the step.",
+        healthy=(0, 1e-4), better="lower",
+        source="the float noise of invariant/first_ratio_error, watched through the run; its limits hold",
+    ),
+    Metric(
+        "policy/entropy",
+        "Entropy of the policy's next-token distribution, mean over the counted tokens of the step's "
+        "minibatches.",
+        unit="nats/token", source="a steady fall towards 0 is collapse",
+    ),
+    Metric(
+        "policy/grad_norm",
+        "L2 norm of the gradient over all trained parameters, policy and critic, before clipping, mean over "
+        "the step's minibatches.",
+    ),
+    Metric(
+        "value/loss",
+        "Clipped squared error of the value against the return, halved, mean over the counted tokens of the "
+        "step's minibatches.",
+        better="lower", source="Schulman et al. 2017, eq. 9; value clipping: baselines",
+    ),
+    Metric(
+        "value/clip_fraction",
+        "Share of the counted tokens where the clipped value error is the larger one, mean over the step's "
+        "minibatches.",
+        healthy=(0, 0.3), better="lower", source="as policy/clip_fraction",
+    ),
+    Metric(
+        "value/explained_variance",
+        "1 - Var(return - value) / Var(return) over the counted tokens of the step's rollouts; 1 is "
+        "perfect, 0 is no better than a constant.",
+        healthy=(0, 1), better="higher", source="below 0 the critic hurts; usual within the first steps",
+    ),
+    Metric(
+        "rollout/length",
+        "Counted tokens of a completion, its EOS included, mean over the step's rollouts.",
+        unit="tokens",
+    ),
+    Metric("rollout/eos_fraction", "Share of the step's rollouts that EOS ended before the length limit."),
+    Metric(
+        "advantage/mean",
+        "Mean advantage over the counted tokens, before whitening.",
+        source="far from 0 the critic is off",
+    ),
     Metric("advantage/std", "Standard deviation of the advantage over the counted tokens, before whitening."),
-    Metric("update/epochs", "Passes over the step's rollouts that were made before approx_kl broke them off.", "epochs"),
-    Metric("time/rollout_s", "Time to sample the step's completions.", "s", better="lower"),
-    Metric("time/score_s", "Time for rewards, reference log-probabilities and values.", "s", better="lower"),
-    Metric("time/update_s", "Time for all epochs of the step's update.", "s", better="lower"),
-    Metric("time/step_s", "Time of the whole step.", "s", better="lower"),
-    Metric("memory/peak_bytes", "Largest memory so far: allocated on the accelerator, or resident in the process on CPU.",
-           "bytes", better="lower"),
-    Metric("data/tokens", "Tokens that training has seen so far, without padding.", "tokens"),
-    Metric("data/rows", "Rows, or rollouts, that training has seen so far.", "rows"),
+    Metric(
+        "update/epochs",
+        "Passes over the step's rollouts that were made before approx_kl broke them off.",
+        unit="epochs",
+    ),
+    Metric(
+        "time/rollout_s",
+        "Time to collect the step's rollouts: sampling, with their scoring where time/score_s is not logged "
+        "beside it.",
+        unit="s", better="lower",
+    ),
+    Metric(
+        "time/score_s",
+        "Time for rewards, reference log-probabilities and values.",
+        unit="s", better="lower",
+    ),
+    Metric(
+        "time/update_s",
+        "Time from the collected rollouts to the end of the step's last epoch.",
+        unit="s", better="lower",
+    ),
+    Metric("time/step_s", "Time of the whole step.", unit="s", better="lower"),
+    Metric(
+        "memory/peak_bytes",
+        "Largest memory so far: allocated on the accelerator, or resident in the process on CPU.",
+        unit="bytes", better="lower",
+    ),
+    Metric("data/tokens", "Tokens that training has seen so far, without padding.", unit="tokens"),
+    Metric("data/rows", "Rows, or rollouts, that training has seen so far.", unit="rows"),
 ]
 METRICS = {entry.name: entry for entry in _REGISTRY}
 
 
 def metric(name: str) -> Metric:
-    """The registry's entry for `name`, patterns such as reward/part/* included; KeyError for a name that nobody defined."""
+    """The registry's entry for `name`, by pattern for reward/part/*; KeyError for a name nobody defined."""
     if name in METRICS:
         return METRICS[name]
     pattern = f"{name.rpartition('/')[0]}/*"
@@ -171,9 +341,9 @@ def glossary() -> str:
     """docs/metrics.md."""
     lines = [
         "# Metrics", "",
-        "Generated by `python -m peftlab.runs.metrics > docs/metrics.md`; a test compares the two. Masks count True; "
-        "\"counted tokens\" are those of the completion up to and with its EOS, never prompt or padding. Logarithms are "
-        "natural. \"Step\" is one round of rollouts and updates in RL, one optimizer step elsewhere.", "",
+        "Generated by `python -m peftlab.runs.metrics > docs/metrics.md`; a test compares the two. "
+        "\"Counted tokens\" are those of the completion up to and with its EOS, never prompt or padding. "
+        "Logarithms are natural. A \"step\" is one round of rollouts and their update in RL, one optimizer step elsewhere.", "",
     ]
     group = ""
     for entry in METRICS.values():
@@ -181,7 +351,9 @@ def glossary() -> str:
             group = entry.name.split("/")[0]
             lines += ["", f"## {group}", "", "| metric | definition | unit | healthy | better | source |",
                       "|---|---|---|---|---|---|"]
-        healthy = healthy_text(entry) + (f" (limit {entry.limit:g}: the run stops)" if entry.limit is not None else "")
+        healthy = healthy_text(entry)
+        if entry.limit is not None:
+            healthy += f" (above {entry.limit:g} the run stops)"
         cells = [f"`{entry.name}`", entry.definition, entry.unit, healthy, entry.better or "", entry.source]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"

@@ -1,4 +1,4 @@
-"""One folder a run, which holds everything that the run was, did and found. Only recipes and the command line use it.
+"""One folder a run, which holds all that the run was, did and found. Only recipes and cli use it.
 
 run = RunDir.create(Path("runs"), "demo/ppo", "ppo", config_toml, resume=False)
 with run.session():
@@ -18,16 +18,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftlab.errors import Interrupted, LabError, PeftlabError, UserError
-from peftlab.runs import environment as surroundings
-from peftlab.runs.atomic import append_line, append_rows, read_rows, write_json, write_rows, write_text
-from peftlab.runs.checkpoint import CheckpointStore
-from peftlab.runs.lock import LOCK, locked
-from peftlab.runs.metrics import metric
-from peftlab.runs.signals import StopSignals
-from peftlab.runs.summary import list_runs, read_summary
+from ..errors import Interrupted, LabError, PeftlabError, UserError
+from . import environment as surroundings
+from .atomic import append_line, append_rows, disk_errors, read_rows, write_json, write_rows, write_text
+from .checkpoint import CheckpointStore
+from .lock import LOCK, locked
+from .metrics import metric
+from .signals import StopSignals
+from .summary import find_run, list_runs, read_summary
 
-__all__ = ["RunDir", "check_name", "list_runs", "read_summary"]
+__all__ = ["RunDir", "check_name", "find_run", "list_runs", "read_summary"]
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -42,7 +42,7 @@ def check_name(name: str) -> str:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -61,8 +61,8 @@ def _differences(old_toml: str, new_toml: str) -> list[str]:
 class RunDir:
     """A run's folder. Make one with `create`, work inside `session`, end with `finish`.
 
-    `finished` is True where a resume met a run that is done: return `summary` and say so. `resumed` is True where earlier
-    work may be there to continue.
+    `finished` is True where a resume met a run that is done: return `summary` and say so. `resumed` is True
+    where earlier work may be there to continue.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class RunDir:
     ) -> RunDir:
         """The folder `root/name`, new or, with `resume`, taken up again.
 
-        `name` is "run" or "demo/stage"; `config_toml` the resolved configuration; `environment` what the recipe adds to
-        environment.json (device, dtype, model and its hash). UserError where the folder holds another run, where there is
-        nothing to resume, or where recipe or configuration differ from the run to resume. A stage of a resumed demo that
-        was not reached yet starts fresh.
+        `name` is "run" or "demo/stage"; `config_toml` the resolved configuration; `environment` what the
+        recipe adds to environment.json (device, dtype, model and its hash). UserError where the folder holds
+        another run, where there is nothing to resume, or where recipe or configuration differ from the run to
+        resume. A stage of a resumed demo that was not reached yet starts fresh.
         """
         parts = name.split("/")
         if len(parts) > 2:
@@ -132,7 +132,8 @@ class RunDir:
 
     @staticmethod
     def _begin(path: Path, name: str, recipe: str, config_toml: str, extra: Mapping[str, Any]) -> None:
-        # A run counts as begun once config.toml, written last, is there; what a kill left before that is ours to replace.
+        # A run counts as begun once config.toml, written last, is there; what a kill left before that is ours
+        # to replace.
         ours = {LOCK, "environment.json"}
         if any(entry.name not in ours and ".tmp-" not in entry.name for entry in path.iterdir()):
             raise UserError(
@@ -159,11 +160,11 @@ class RunDir:
         return self._signals.requested
 
     def wall_s(self) -> float:
-        """Seconds of the work that counts: since `create`, plus those of the resumed part up to its checkpoint."""
+        """Seconds since `create`, plus, after a resume, those of the earlier work that is kept."""
         return time.monotonic() - self._began
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Appends a row to metrics.jsonl. KeyError for a name outside the registry; what is not finite becomes null."""
+        """Appends a row to metrics.jsonl. KeyError for an unregistered name; what is not finite becomes null."""
         for name in metrics:
             metric(name)
         values = {name: None if value is None else float(value) for name, value in metrics.items()}
@@ -184,7 +185,7 @@ class RunDir:
         append_rows(self.path / "rollouts.jsonl", [dict(row) for row in rows])
 
     def truncate_after(self, step: int) -> None:
-        """Drops the rows of metrics and rollouts past `step`, the checkpoint resumed from; the clock goes on from there."""
+        """Drops the metrics and rollouts past `step`, the checkpoint resumed from; the clock goes on there."""
         for file in (self.path / "metrics.jsonl", self.path / "rollouts.jsonl"):
             if file.exists():
                 write_rows(file, [row for row in read_rows(file) if row.get("step", 0) <= step])
@@ -192,21 +193,21 @@ class RunDir:
         self._began -= max(kept, default=0.0)
 
     def record_data(self, name: str, sha256: str, rows: int) -> None:
-        """Notes in environment.json which data the run read; UserError where a resumed run meets other data."""
+        """Notes which data the run read, in environment.json; UserError where a resume meets other data."""
         file = self.path / "environment.json"
         about = json.loads(file.read_text(encoding="utf-8"))
         known = about["data"].get(name)
         if known and known["sha256"] != sha256:
             raise UserError(
-                f"data {name!r} has changed since run {self.name!r} began (sha256 {known['sha256'][:12]} then, "
-                f"{sha256[:12]} now); restore it, or start another --run"
+                f"data {name!r} is not what run {self.name!r} began with (sha256 "
+                f"{known['sha256'][:12]} then, {sha256[:12]} now); restore it, or start another --run"
             )
         about["data"][name] = {"sha256": sha256, "rows": rows}
         write_json(file, about)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[RunDir]:
-        """Holds the run's lock and listens to SIGINT and SIGTERM. However the block ends, summary.json says how."""
+        """Holds the run's lock and heeds SIGINT and SIGTERM. However it ends, summary.json says how."""
         with locked(self.path), StopSignals() as self._signals:
             if not self.finished:
                 self._open()
@@ -221,10 +222,11 @@ class RunDir:
 
     def _open(self) -> None:
         self.summary = None
-        (self.path / "summary.json").unlink(missing_ok=True)
-        self.checkpoints.clean()
-        for leftover in self.path.glob(".*.tmp-*"):
-            leftover.unlink(missing_ok=True)
+        with disk_errors(self.path):
+            (self.path / "summary.json").unlink(missing_ok=True)
+            self.checkpoints.clean()
+            for leftover in self.path.glob(".*.tmp-*"):
+                leftover.unlink(missing_ok=True)
         for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl"):
             if (self.path / name).exists():  # a line that a kill tore must not swallow the next one
                 write_rows(self.path / name, read_rows(self.path / name))
@@ -253,9 +255,10 @@ class RunDir:
     ) -> dict[str, Any]:
         """Writes summary.json and returns it.
 
-        `baseline` holds the same names for the model before the job; `intervals` [low, high] a name; `artifacts` paths
-        inside the run, absolute or relative to it; `step_s` median seconds of a step; `stages` a demo's summaries.
-        A run that ends early is finished by `session`, with the last logged value of each metric.
+        `baseline` holds the same names for the model before the job; `intervals` [low, high] a name;
+        `artifacts` paths inside the run, absolute or relative to it; `step_s` median seconds of a step;
+        `stages` a demo's summaries. A run that ends early is finished by `session`, with the last logged
+        value of each metric.
         """
         for name in (*metrics, *baseline, *(intervals or {})):
             metric(name)
@@ -276,7 +279,7 @@ class RunDir:
         self.event("finish", status=status, reason=reason)
         write_json(self.path / "summary.json", summary)
         self.summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        return self.summary  # type: ignore[return-value]
+        return self.summary
 
     def _relative(self, path: str | Path) -> str:
         place = Path(path)

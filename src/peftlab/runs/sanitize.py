@@ -1,9 +1,9 @@
 """What a model or a file says, made safe for a terminal.
 
-Dropped: escape sequences with their parameters (CSI, OSC, DCS, SOS, PM, APC, in their ESC and their C1 spelling), every
-C0 control except newline and tab, DEL, C1, and the controls that reorder text (bidi). A lone surrogate, which no UTF-8
-stream can carry, becomes U+FFFD. Everything else stays, markup included: printing it as plain text is the caller's part.
-Grammar: ECMA-48 (1991), section 5.
+Dropped: escape sequences with their parameters (CSI, OSC, DCS, SOS, PM, APC, in their ESC and their C1
+spelling), every C0 control except newline and tab, DEL, C1, and the controls that reorder text (bidi). A lone
+surrogate, which no UTF-8 stream can carry, becomes U+FFFD. Everything else stays, markup included: printing
+it as plain text is the caller's part. Grammar: ECMA-48 (1991), section 5.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _TEXT, _ESCAPE, _ESCAPE_MORE, _CSI, _STRING, _STRING_ESCAPE = range(6)
 class StreamSanitizer:
     """`sanitize` over a stream: the pieces of any split, fed in order, join to the sanitized whole.
 
-    A control string that never ends is cut at the next newline, so that a model cannot hide the rest of what it says.
+    A control string that never ends is cut at the next newline, so that a model cannot hide the rest of what
+    it says.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class StreamSanitizer:
         return "".join(map(self._step, chunk))
 
     def flush(self) -> str:
-        """Ends the stream: forgets a sequence that is still open. Nothing is held back, so nothing is left to show."""
+        """Ends the stream: forgets a sequence still open. Nothing was held back, nothing is left to show."""
         self._state = _TEXT
         return ""
 

@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Within the block the first signal sets `requested`, which the loop reads between steps; the second leaves at once.
+    """The first signal within the block sets `requested`, for the loop to read; the second leaves at once.
 
-    The handlers found on entry come back on exit. A block inside another passes the request on to the outer one. Python
-    delivers signals to the main thread only, so on any other thread the block changes nothing.
+    The handlers found on entry come back on exit. A block inside another passes the request on to the outer
+    one. Python delivers signals to the main thread only, so on any other thread the block changes nothing.
     """
 
     def __init__(self) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftlab.errors import UserError
-from peftlab.runs.lock import is_locked
+from ..errors import UserError
+from .atomic import read_rows
+from .lock import is_locked
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The summary.json of the run folder `path` (or that file itself); UserError where there is none to read."""
+    """The summary.json of the run folder `path`, or that file itself; UserError where none can be read."""
     file = path if path.name == "summary.json" else path / "summary.json"
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
@@ -25,43 +25,58 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """One line of `peftlab runs`. `status` is that of the summary, or "running" or "killed" where there is none."""
-
-    name: str
-    path: Path
-    recipe: str
-    status: str
-    started: str
-    summary: dict[str, Any] | None
-
-
-def run_info(path: Path, name: str) -> RunInfo:
-    """The state of the run folder `path`."""
+def read_environment(path: Path) -> dict[str, Any]:
+    """The environment.json of the run folder `path`; empty where there is none to read."""
     try:
         environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        environment = {}
+        return {}
+    return environment if isinstance(environment, dict) else {}
+
+
+def outcome(path: Path) -> dict[str, Any]:
+    """The summary of the run folder `path`, with its "started" time.
+
+    Where there is no summary, the figures are empty and the status is "running", or "killed" once no process
+    holds the run.
+    """
+    environment = read_environment(path)
+    started = str(environment.get("started", ""))
     try:
-        summary = read_summary(path)
+        return {**read_summary(path), "started": started}
     except UserError:
-        summary = None
-    status = summary["status"] if summary else "running" if is_locked(path) else "killed"
-    return RunInfo(
-        name, path, environment.get("recipe", "?"), status, environment.get("started", ""), summary
-    )
+        running = is_locked(path)
+    seconds = [row.get("time") or 0.0 for row in read_rows(path / "metrics.jsonl")]
+    return {
+        "schema_version": 1,
+        "recipe": environment.get("recipe", "?"),
+        "run": environment.get("run", path.name),
+        "status": "running" if running else "killed",
+        "reason": None if running else "ended without a summary; --resume continues",
+        "metrics": {},
+        "baseline": {},
+        "intervals": {},
+        "time": {"wall_s": max(seconds, default=0.0), "step_s": None},
+        "artifacts": {},
+        "started": started,
+    }
 
 
-def list_runs(root: Path) -> list[RunInfo]:
-    """Every run below `root`, stages after their demo, oldest first."""
-    runs = []
+def list_runs(root: Path) -> list[dict[str, Any]]:
+    """`outcome` of every run below `root`, oldest first, each demo followed by its stages."""
+    groups = []
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if not (folder / "config.toml").is_file():
-            continue
-        stages = [
-            run_info(inner.parent, f"{folder.name}/{inner.parent.name}")
-            for inner in folder.glob("*/config.toml")
-        ]
-        runs.append([run_info(folder, folder.name), *sorted(stages, key=lambda stage: stage.started)])
-    return [info for group in sorted(runs, key=lambda group: group[0].started) for info in group]
+        inner = [outcome(file.parent) for file in folder.glob("*/config.toml")]
+        group = [outcome(folder)] if (folder / "config.toml").is_file() else []
+        if group + inner:
+            groups.append(group + sorted(inner, key=lambda run: str(run["started"])))
+    return [run for group in sorted(groups, key=lambda group: str(group[0]["started"])) for run in group]
+
+
+def find_run(root: Path, name: str) -> Path:
+    """The run folder called `name` below `root`, or the folder `name`; UserError where neither is a run."""
+    for folder in (root / name, Path(name)):
+        if (folder / "config.toml").is_file():
+            return folder
+    known = ", ".join(run["run"] for run in list_runs(root)) or "none yet"
+    raise UserError(f"no run {name!r} below {root}; runs: {known}")
