@@ -164,7 +164,7 @@ class RunDir:
         return time.monotonic() - self._began
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Appends a row to metrics.jsonl. KeyError for an unregistered name; what is not finite becomes null."""
+        """Appends a row to metrics.jsonl. KeyError for an unregistered name; non-finite numbers become null."""
         for name in metrics:
             metric(name)
         values = {name: None if value is None else float(value) for name, value in metrics.items()}
@@ -185,7 +185,7 @@ class RunDir:
         append_rows(self.path / "rollouts.jsonl", [dict(row) for row in rows])
 
     def truncate_after(self, step: int) -> None:
-        """Drops the metrics and rollouts past `step`, the checkpoint resumed from; the clock goes on there."""
+        """Drops the metrics and rollouts past `step`, the checkpoint resumed from; the clock too."""
         for file in (self.path / "metrics.jsonl", self.path / "rollouts.jsonl"):
             if file.exists():
                 write_rows(file, [row for row in read_rows(file) if row.get("step", 0) <= step])
@@ -240,7 +240,8 @@ class RunDir:
         for row in read_rows(self.path / "metrics.jsonl"):
             last.update({name: value for name, value in row.items() if name not in ("step", "time")})
         with contextlib.suppress(LabError):  # a full disk: the first error is the one to report
-            self.finish(last, {}, status=status, reason=reason)
+            stages = {file.parent.name: read_summary(file) for file in self.path.glob("*/summary.json")}
+            self.finish(last, {}, status=status, reason=reason, stages=stages or None)
 
     def finish(
         self,
