@@ -130,7 +130,8 @@ class CheckpointStore:
                 f"cannot write checkpoint {self.path(step)}: {reason}; earlier ones are intact"
             ) from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.clean()
         self._prune(step)
 
     def newest_verified(self) -> tuple[Checkpoint | None, list[str]]:
@@ -163,7 +164,6 @@ class CheckpointStore:
             target.rename(replaced)
         staging.rename(target)
         fsync_folder(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
 
     def _prune(self, step: int) -> None:
         """Drops all but the newest `keep`, and checkpoints past `step`: a resume left that future behind."""

@@ -164,7 +164,7 @@ class RunDir:
         return time.monotonic() - self._began
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Appends a row to metrics.jsonl. KeyError for an unregistered name; non-finite numbers become null."""
+        """Appends a row to metrics.jsonl. KeyError for an unregistered name; NaN and inf become null."""
         for name in metrics:
             metric(name)
         values = {name: None if value is None else float(value) for name, value in metrics.items()}
