@@ -62,7 +62,7 @@ clean:  ## removes .venv, caches and runs/
 # told in CONTRIBUTING.md under 'torch'. No step resolves anything (--no-deps): the locks name every package.
 $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml Makefile
 	@set -eu; \
-	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	if ! $(BIN)/python -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then \
 	  for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11) ''; do \
 	    [ -n "$$python" ] || { echo "make setup: needs Python 3.11, 3.12 or 3.13 and found none;" \
 	      "install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }; \
@@ -71,7 +71,7 @@ $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml Makefile
 	  echo "make setup: .venv with $$("$$python" --version)"; \
 	  "$$python" -m venv --clear .venv; \
 	fi
-	@set -eu; \
+	@set -eu; trap 'exit 130' INT TERM; \
 	if [ -z "$$UV_FIND_LINKS" ]; then \
 	  UV_FIND_LINKS=$$($(BIN)/python -m pip config get global.find-links 2>/dev/null | xargs | tr ' ' ',') || true; \
 	fi; \
