@@ -112,14 +112,15 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if any(mark in n for mark in marks)}
 
 
-def save_adapter(model: Any, name: str, folder: Path, stack: Stack) -> Path:
+def save_adapter(model: Any, name: str, folder: Path, stack: Stack, dtype: str = "float32") -> Path:
     """Write adapter `name` of `model` as a plain PEFT folder with its stack and manifest. Nothing touches the Hub."""
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    stored = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in tensors.items()}
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config[name]
     config.base_model_name_or_path = stack.base
     was, config.inference_mode = config.inference_mode, True

@@ -82,6 +82,9 @@ class PPOConfig(Config):
     lora: Lora = Lora()
 
 
+CONFIG = PPOConfig
+
+
 def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
     """Train, evaluate before and after on held-out prompts, and write the run directory."""
     with run.session():

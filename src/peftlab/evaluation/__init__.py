@@ -1,0 +1,1 @@
+"""Figures of models: classification, perplexity, policies, intervals."""

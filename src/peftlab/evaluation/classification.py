@@ -1,0 +1,47 @@
+"""Figures of a classifier from its probabilities. probabilities (N, L), labels (N,)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .intervals import bootstrap_mean, bootstrap_rows
+
+BINS = 15
+
+
+def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, macro F1, ECE and mean cross-entropy (nats)."""
+    predicted = probabilities.argmax(1)
+    return {
+        "eval/accuracy": float((predicted == labels).mean()),
+        "eval/f1": macro_f1(predicted, labels, probabilities.shape[1]),
+        "eval/ece": expected_calibration_error(probabilities, labels),
+        "eval/loss": float(-np.log(np.clip(probabilities[np.arange(len(labels)), labels], 1e-12, 1)).mean()),
+    }
+
+
+def classification_intervals(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, tuple[float, float]]:
+    """95% bootstrap intervals over rows."""
+    predicted, classes = probabilities.argmax(1), probabilities.shape[1]
+    return {
+        "eval/accuracy": bootstrap_mean(predicted == labels),
+        "eval/f1": bootstrap_rows(lambda rows: macro_f1(predicted[rows], labels[rows], classes), len(labels)),
+    }
+
+
+def macro_f1(predicted: np.ndarray, labels: np.ndarray, classes: int) -> float:
+    """Unweighted mean over classes of 2 TP / (2 TP + FP + FN); 0 for a class that is neither predicted nor there."""
+    scores = []
+    for c in range(classes):
+        hits = np.sum((predicted == c) & (labels == c))
+        total = np.sum(predicted == c) + np.sum(labels == c)
+        scores.append(2 * hits / total if total else 0.0)
+    return float(np.mean(scores))
+
+
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
+    """Sum over equal-width bins of confidence of (share of rows) * |accuracy - mean confidence| (Guo et al. 2017)."""
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(np.sum(correct[bin_of == b] - confidence[bin_of == b])) for b in range(bins)]
+    return float(np.sum(gaps) / len(labels))

@@ -1,0 +1,33 @@
+"""Bootstrap confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def bootstrap_mean(
+    values: np.ndarray, groups: np.ndarray | None = None, seed: int = 0, draws: int = 2000
+) -> tuple[float, float]:
+    """95% percentile interval of the mean. values (N,); `groups` (N,) resamples whole groups (clusters by prompt)."""
+    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    if groups is None:
+        sums, sizes = values, np.ones_like(values)
+    else:
+        _, index = np.unique(groups, return_inverse=True)
+        sums, sizes = np.bincount(index, values), np.bincount(index).astype(np.float64)
+    picks = rng.integers(0, len(sums), (draws, len(sums)))
+    low, high = np.percentile(sums[picks].sum(1) / sizes[picks].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap_rows(
+    metric: Callable[[np.ndarray], float], rows: int, seed: int = 0, draws: int = 500
+) -> tuple[float, float]:
+    """95% percentile interval of any metric of a set of rows; `metric` takes row numbers (with repeats)."""
+    rng = np.random.default_rng(seed)
+    found = [metric(rng.integers(0, rows, rows)) for _ in range(draws)]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)

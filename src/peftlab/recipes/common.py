@@ -1,0 +1,38 @@
+"""What the recipes share."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.sources import RecordSet, load_records
+from ..runs.rundir import RunDir
+
+
+def seed_everything(seed: int) -> None:
+    """Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def load_recorded(run: RunDir, spec: str, kind: str, limit: int, seed: int) -> RecordSet:
+    """Records with their hash noted in the run; `limit` 0 takes all. A resumed run refuses changed data."""
+    data = load_records(spec, kind, limit=limit or None, seed=seed)
+    run.record_data(spec, data.sha256, len(data.records))
+    return data
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """How many numbers learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def require_gradients(parameters: dict[str, Any]) -> None:
+    """Mark exactly these for training; everything else was frozen at load."""
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)

@@ -1,0 +1,122 @@
+"""A run folder's files as plain records: bounded, and tolerant of a run that has only begun, or was cut short."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..runs.atomic import read_rows
+from ..runs.summary import outcome, read_environment
+
+MOST_SAMPLES = 48  # pairs
+ROLLOUTS_A_STEP = 3
+MOST_EVENTS = 60
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run left.
+
+    summary     as in the contract; status "running" or "killed" where the file is missing
+    columns     {metric: [(step, value or None)]}, in the order of the steps
+    samples     the first rows of samples.jsonl; `sample_rows` is how many it has
+    rollouts    {step: the first rollouts of it}, for the first and the last recorded step; `rollout_rows` as above
+    """
+
+    path: Path
+    summary: Row
+    environment: Row
+    config: Row
+    config_toml: str
+    columns: dict[str, list[tuple[float, float | None]]]
+    samples: list[Row]
+    sample_rows: int
+    rollouts: dict[int, list[Row]]
+    rollout_rows: int
+    events: list[Row]
+
+    @property
+    def name(self) -> str:
+        return str(self.summary["run"])
+
+
+def read_run(path: Path) -> RunFiles:
+    """Everything that the page shows of one run; UserError where `path` is no run folder."""
+    if not (path / "config.toml").is_file():
+        raise UserError(f"{path} is not a run folder: it has no config.toml; `peftlab runs` lists the runs")
+    config_toml = (path / "config.toml").read_text(encoding="utf-8", errors="replace")
+    try:
+        config = tomllib.loads(config_toml)
+    except tomllib.TOMLDecodeError:
+        config = {}
+    samples, sample_rows = _samples(read_rows(path / "samples.jsonl"))
+    rollouts, rollout_rows = _rollouts(read_rows(path / "rollouts.jsonl"))
+    return RunFiles(
+        path=path,
+        summary=outcome(path),
+        environment=read_environment(path),
+        config=config,
+        config_toml=config_toml,
+        columns=_columns(read_rows(path / "metrics.jsonl")),
+        samples=samples,
+        sample_rows=sample_rows,
+        rollouts=rollouts,
+        rollout_rows=rollout_rows,
+        events=list(read_rows(path / "events.jsonl"))[-MOST_EVENTS:],
+    )
+
+
+def stage_folders(path: Path) -> list[Path]:
+    """The stages of a demo, in the order in which they began."""
+    found = [(str(read_environment(file.parent).get("started", "")), file.parent) for file in path.glob("*/config.toml")]
+    return [folder for _, folder in sorted(found)]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _columns(rows: Iterable[Row]) -> dict[str, list[tuple[float, float | None]]]:
+    columns: dict[str, list[tuple[float, float | None]]] = {}
+    for row in rows:
+        step = _number(row.get("step"))
+        for name, value in row.items():
+            if step is not None and name not in ("step", "time") and (value is None or _number(value) is not None):
+                columns.setdefault(name, []).append((step, _number(value)))
+    return columns
+
+
+def _samples(rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """The rows of the first prompts, both sides of each, and the number of all rows."""
+    kept: list[Row] = []
+    prompts: dict[str, None] = {}
+    count = 0
+    for count, row in enumerate(rows, start=1):
+        key = str(row.get("prompt_id", row.get("id", count)))
+        if key in prompts or len(prompts) < MOST_SAMPLES:
+            prompts[key] = None
+            kept.append(row)
+    return kept[: 4 * MOST_SAMPLES], count
+
+
+def _rollouts(rows: Iterable[Row]) -> tuple[dict[int, list[Row]], int]:
+    """The first rollouts of the first and of the last recorded step, and the number of all rows."""
+    first: int | None = None
+    kept: dict[int, list[Row]] = {}
+    count = 0
+    for row in rows:
+        count += 1
+        step = int(_number(row.get("step")) or 0)
+        first = step if first is None else first
+        if step not in kept:
+            kept = {known: rest for known, rest in kept.items() if known == first}
+            kept[step] = []
+        if len(kept[step]) < ROLLOUTS_A_STEP:
+            kept[step].append(row)
+    return kept, count

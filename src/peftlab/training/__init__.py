@@ -1,0 +1,1 @@
+"""What the supervised recipes share around the Trainer of transformers."""

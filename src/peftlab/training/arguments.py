@@ -1,0 +1,61 @@
+"""The lab's config keys in the words of TrainingArguments."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Literal
+
+from pydantic import Field
+from transformers import TrainingArguments
+
+from ..config import Config
+from ..models.backbone import pick_device
+
+
+class TrainConfig(Config):
+    """Keys that every supervised recipe has. Steps are optimizer steps; `save_every` 0 saves only at the end."""
+
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the matmuls; auto: bfloat16 on CUDA")
+    lr: float = Field(5e-4, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(0, ge=0, description="stop after so many steps; 0 = after the epochs")
+    batch_size: int = Field(16, ge=1)
+    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    save_every: int = Field(0, ge=0)
+
+
+def training_arguments(config: TrainConfig, rows: int, save: bool = True) -> TrainingArguments:
+    """TrainingArguments that keep to themselves: no Hub, no tracker, no files of their own."""
+    device = pick_device(config.device)
+    steps = config.max_steps or max(1, int(config.epochs * -(-rows // config.batch_size)))
+    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    return TrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(config.warmup_fraction * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        data_seed=config.seed,
+        save_strategy="steps" if save and config.save_every else "no",
+        save_steps=config.save_every or steps,
+        eval_strategy="no",
+        logging_steps=max(1, min(10, steps // 50)),
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        torch_empty_cache_steps=None,
+    )
+
+

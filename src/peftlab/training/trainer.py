@@ -1,0 +1,138 @@
+"""transformers' Trainer with the lab's sampler, checkpoints, log and stop.
+
+Trainer writes its checkpoint into a staging folder that the store hashes and renames, and of the model only what
+learns; it resumes from the newest verified one.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ..errors import Interrupted, LabError
+from ..runs.checkpoint import CheckpointStore
+from .sampler import BucketSampler
+
+Log = Callable[[Mapping[str, float], int], None]
+WEIGHTS = "trained.safetensors"
+
+
+class LabTrainer(Trainer):
+    """Trains the parameters of `model` that require gradients. `lengths`: tokens of each training row."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        rows: Sequence[Any],
+        lengths: Sequence[int],
+        collate: Callable[[Sequence[Any]], dict[str, Any]],
+        store: CheckpointStore,
+        log: Log,
+        stop_requested: Callable[[], int | None],
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=Rows(rows), data_collator=collate)
+        self.lengths, self.store, self.staging = list(lengths), store, ""
+        self.remove_callback(PrinterCallback)
+        self.stopper = LabCallback(log, stop_requested)
+        self.add_callback(self.stopper)
+
+    def fit(self) -> str | None:
+        """Train to the end or to a stop; returns a note about skipped checkpoints, if any.
+
+        Raises Interrupted after a signal (the checkpoint is written), LabError for a loss that is not finite.
+        """
+        checkpoint, skipped = self.store.newest_verified()
+        self.train(resume_from_checkpoint=str(_inside(checkpoint.path)) if checkpoint else None)
+        if self.stopper.signum:
+            raise Interrupted(self.stopper.signum)
+        return "; ".join(skipped) or None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
+        return BucketSampler(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.staging
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.store.stage(self.state.global_step) as folder:
+            self.staging = str(folder)
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.staging)
+        folder.mkdir(parents=True, exist_ok=True)
+        learned = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        save_file(learned, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        learned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if saved.keys() != learned.keys():
+            raise LabError(f"{resume_from_checkpoint}: holds other parameters than this model trains")
+        with torch.no_grad():
+            for name, parameter in learned.items():
+                parameter.copy_(saved[name])
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """A list as a dataset."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+class LabCallback(TrainerCallback):
+    """Logs by the registry's names, stops on signals and on numbers that are not finite, shows one line of progress."""
+
+    def __init__(self, log: Log, stop_requested: Callable[[], int | None]) -> None:
+        self.write, self.stop_requested = log, stop_requested
+        self.signum: int | None = None
+        self.shown = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        self.signum = self.stop_requested()
+        if self.signum:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
+        found = {ours: float((logs or {})[theirs]) for theirs, ours in names.items() if theirs in (logs or {})}
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise LabError(f"step {state.global_step}: {name} is {value}; lower lr, or look at the data of that step")
+        if found:
+            self.write(found, state.global_step)
+            self._show(state, found)
+
+    def _show(self, state: Any, found: Mapping[str, float]) -> None:
+        """On a terminal one line that rewrites itself, elsewhere a line every ten seconds."""
+        live, now = sys.stderr.isatty(), time.monotonic()
+        last = state.global_step >= state.max_steps
+        if not live and now - self.shown < 10 and not last:
+            return
+        self.shown = now
+        line = f"  step {state.global_step}/{state.max_steps}  loss {found.get('train/loss', float('nan')):.4f}"
+        end = "\n" if last or not live else ""
+        print(f"\r{line}" if live else line, end=end, file=sys.stderr, flush=True)
+
+
+def _inside(step_folder: Path) -> Path:
+    return next(step_folder.glob("checkpoint-*"))
+
