@@ -16,8 +16,8 @@ from ..errors import LabError, UserError
 from .pull import derived, fetch
 from .records import LabelledText
 
-# Rows per label, in the file's order: train is learned from; prompts only evaluates; judge trains the judge; test
-# measures classifiers and the judge.
+# Rows per label, in the file's order. Models and rewards learn from train, the judge from judge; prompts and
+# test only evaluate.
 BLOCKS = {"train": 9_000, "prompts": 750, "judge": 1_750, "test": 1_000}
 ROTTEN = "rotten-tomatoes"
 EXPECTED = Path(__file__).with_name("imdb_splits.json")
@@ -40,7 +40,7 @@ def clean(text: str) -> str:
 
 
 def load_block(name: str) -> list[LabelledText]:
-    """A block ("train", "prompts", "judge", "test", "rotten-tomatoes"), cleaned, derived on first use, cached.
+    """A block ("train", "prompts", "judge", "test", "rotten-tomatoes"), derived on first use, cached.
 
     Raises UserError where the cached bytes are not those of the shipped manifest.
     """
@@ -91,8 +91,8 @@ def write_blocks(source: Path, folder: Path) -> dict[str, Block]:
 def duplicates(blocks: dict[str, list[LabelledText]]) -> set[str]:
     """Ids of the copies to remove among texts with the same letters and digits, whatever their case.
 
-    Of copies in two blocks the one nearer train goes, so that no later block holds a text learned before; within a
-    block the first stays. Rotten Tomatoes gives way to IMDb.
+    Of copies in two blocks the one nearer train goes, so that no later block loses a row to an earlier one;
+    within a block the first stays. Rotten Tomatoes gives way to IMDb.
     """
     seen: set[str] = set()
     removed: set[str] = set()

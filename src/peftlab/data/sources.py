@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .check import check_file
+from .check import READERS, check_file, rename_columns
 from .imdb import BLOCKS, ROTTEN, load_block
 from .records import LabelledText, Prompt, Record, Text, parse_row
 
-SHOWN_ERRORS = 5
-FILES = (".jsonl", ".json", ".csv", ".parquet")
+ERRORS_SHOWN = 5
+OFFLINE = f"imdb:train, {ROTTEN}, or a local {', '.join(READERS)} file"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,15 @@ def load_records(
     labels: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> RecordSet:
-    """Records of every part of `spec`, in order; `limit` draws that many at random (seeded, in a random order).
+    """Records of every part of `spec`, in order; `limit` draws that many (seeded, in a random order).
 
-    Raises UserError for unknown names, bad rows (each with its line) and empty data.
+    `labels` names the classes of the user's rows and `columns` maps fields to their columns. Raises UserError
+    for unknown names, bad rows (the first few by line, and how many) and empty data.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"data {spec}: a limit of {limit} leaves no rows; give 1 or more, or no limit")
     records: list[Record] = []
-    for part in spec.split("+"):
+    for part in [spec] if Path(spec).is_file() else spec.split("+"):
         records += _load_part(part.strip(), kind, labels, columns)
     if not records:
         raise UserError(f"data {spec}: holds no rows")
@@ -52,22 +56,24 @@ def load_records(
     return RecordSet(records, spec, _digest(records))
 
 
-def _load_part(part: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None) -> list[Record]:
-    if Path(part).suffix.lower() in FILES:
+def _load_part(
+    part: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None
+) -> list[Record]:
+    if Path(part).suffix.lower() in READERS:
         return _from_file(part, kind, labels, columns)
     name, _, split = part.partition(":")
-    if name == ROTTEN:
-        return _convert(load_block(ROTTEN), kind, name)
     if name == "imdb":
         if split not in BLOCKS:
             raise UserError(f"data {part}: imdb has the splits {', '.join(BLOCKS)}; for example imdb:train")
-        return _convert(load_block(split), kind, part)
+        return _as_kind(load_block(split), kind, part)
+    if part == ROTTEN:
+        return _as_kind(load_block(ROTTEN), kind, part)
     if "/" in name and not Path(name).exists():
         return _from_hub(name, split or "train", kind, labels, columns)
-    raise UserError(f"data {part}: not imdb:SPLIT, {ROTTEN}, a .jsonl, .csv or .parquet file, or a Hub dataset's id")
+    raise UserError(f"data {part}: no such data; give imdb:SPLIT, a Hub dataset's OWNER/NAME, or {OFFLINE}")
 
 
-def _convert(rows: Iterable[LabelledText], kind: str, name: str) -> list[Record]:
+def _as_kind(rows: Iterable[LabelledText], kind: str, name: str) -> list[Record]:
     if kind == "classify":
         return list(rows)
     if kind == "sft":
@@ -77,40 +83,46 @@ def _convert(rows: Iterable[LabelledText], kind: str, name: str) -> list[Record]
     raise UserError(f"data {name}: holds labelled reviews, which do not serve {kind}")
 
 
-def _from_file(part: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None) -> list[Record]:
+def _from_file(
+    part: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None
+) -> list[Record]:
     result = check_file(Path(part), kind, labels, columns)
-    if result.bad:
-        shown = [f"{part}:{line}: {reason}" for line, reason in result.bad[:SHOWN_ERRORS]]
-        more = len(result.bad) - len(shown)
-        tail = [f"... and {more} more; `peftlab data check {part} --for {kind}` lists them all"] if more else []
-        raise UserError("\n".join([f"{len(result.bad)} of {result.rows} rows are not usable:", *shown, *tail]))
-    return result.records
+    if not result.bad:
+        return result.records
+    lines = [f"{len(result.bad)} of {result.rows} rows are not usable:"]
+    lines += [f"{part}:{line}: {reason}" for line, reason in result.bad[:ERRORS_SHOWN]]
+    if len(result.bad) > ERRORS_SHOWN:
+        rest = len(result.bad) - ERRORS_SHOWN
+        lines.append(f"... and {rest} more; `peftlab data check {part} --for {kind}` lists them all")
+    raise UserError("\n".join(lines))
 
 
 def _from_hub(
     name: str, split: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None
 ) -> list[Record]:
     from datasets import load_dataset
+    from huggingface_hub import HfApi, constants
 
     try:
+        if not constants.HF_HUB_OFFLINE:  # asked first, since datasets retries for half a minute
+            HfApi().dataset_info(name, timeout=10)
         rows = load_dataset(name, split=split)
-    except Exception as error:  # datasets raises a dozen kinds for "cannot reach" and "does not exist"
+    except Exception as error:  # a dozen kinds for "cannot reach" and "does not exist"
         raise UserError(
-            f"data {name}:{split}: the Hub did not give it ({type(error).__name__}). Offline, use imdb:train or a local "
-            ".jsonl, .csv or .parquet file"
+            f"data {name}:{split}: the Hub did not give it ({type(error).__name__}). Offline, use {OFFLINE}; "
+            "with HF_HUB_OFFLINE=1 what was downloaded before loads"
         ) from None
     records = []
     for number, row in enumerate(rows):
-        row = {**row, **{field: row[column] for field, column in (columns or {}).items() if column in row}}
         try:
-            records.append(parse_row(kind, row, number, labels))
+            records.append(parse_row(kind, rename_columns(row, columns), number, labels))
         except ValueError as error:
-            raise UserError(f"data {name}:{split}: row {number}: {error}; set columns to map its fields") from None
+            raise UserError(f"data {name}:{split}: row {number}: {error}; columns maps fields") from None
     return records
 
 
 def _digest(records: Iterable[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
-        digest.update(repr(record).encode())
+        digest.update(json.dumps(vars(record), default=vars).encode("ascii") + b"\n")
     return digest.hexdigest()
