@@ -59,6 +59,6 @@ def test_limits_of_the_invariants():
 def test_ranges_in_words():
     assert healthy_text(METRICS["policy/clip_fraction"]) == "0 to 0.3"
     assert healthy_text(METRICS["eval/perplexity_ratio"]) == "at most 1.3"
-    assert healthy_text(METRICS["kl/k3"]) == "at least 0"
+    assert healthy_text(METRICS["reward/std"]) == "at least 0.1"
     assert healthy_text(METRICS["invariant/first_kl"]) == "0"
     assert healthy_text(METRICS["train/lr"]) == ""

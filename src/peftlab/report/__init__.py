@@ -1,4 +1,4 @@
-"""One static HTML page a run: `render` reads the run folder's files alone, and imports neither torch nor the recipes."""
+"""One static HTML page a run: `render` reads the run folder's files and imports neither torch nor recipes."""
 
 from .page import render
 

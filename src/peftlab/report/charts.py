@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -11,116 +12,197 @@ from . import text
 from .read import RunFiles
 from .svg import Marker, Series, line_chart, swatch
 
-# Names in one tuple share an axis; a star takes every name that begins so. Metrics in no group follow at the end.
-_GROUPS: list[tuple[str, list[tuple[str, ...]]]] = [
-    ("What was gained, and its price", [
-        ("reward/mean", "eval/reward"), ("eval/judge",), ("reward/part/*",), ("kl/reference", "kl/k3", "eval/kl"),
-        ("eval/accuracy", "eval/f1"), ("train/loss", "eval/loss"), ("eval/perplexity",), ("eval/ece",),
-        ("eval/rouge1", "eval/rouge2", "eval/rougeL"), ("eval/pair_accuracy",), ("eval/perplexity_ratio",),
-    ]),
-    ("The policy", [
-        ("policy/entropy", "eval/entropy"), ("rollout/length", "eval/length"),
-        ("eval/distinct_1", "eval/distinct_2", "eval/self_bleu_4"), ("policy/approx_kl",),
-        ("policy/clip_fraction", "value/clip_fraction"), ("policy/loss",), ("policy/grad_norm", "train/grad_norm"),
-        ("rollout/eos_fraction", "eval/eos_fraction"), ("reward/std",), ("advantage/mean",), ("advantage/std",),
-        ("policy/ratio_error",),
-    ]),
-    ("The critic", [("value/explained_variance",), ("value/loss",)]),
-    ("Schedule and cost", [
-        ("train/lr",), ("kl/coef",), ("update/epochs",),
-        ("time/step_s", "time/rollout_s", "time/score_s", "time/update_s"),
-        ("train/tokens_per_s",), ("memory/peak_bytes",),
-    ]),
+Points = list[tuple[float, float | None]]
+
+# (heading, [(title where several lines share the axis, names)]). A star takes every name that begins so. What
+# is in no group follows at the end.
+_GROUPS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
+    (
+        "What was gained, and its price",
+        [
+            ("Reward", ("reward/mean", "eval/reward")),
+            ("", ("eval/judge",)),
+            ("Reward parts", ("reward/part/*",)),
+            ("KL to the reference", ("kl/reference", "kl/k3", "eval/kl")),
+            ("Accuracy and F1", ("eval/accuracy", "eval/f1")),
+            ("Loss", ("train/loss", "eval/loss")),
+            ("", ("eval/perplexity",)),
+            ("", ("eval/ece",)),
+            ("ROUGE", ("eval/rouge1", "eval/rouge2", "eval/rougeL")),
+            ("", ("eval/pair_accuracy",)),
+            ("", ("eval/perplexity_ratio",)),
+        ],
+    ),
+    (
+        "The policy",
+        [
+            ("Entropy", ("policy/entropy", "eval/entropy")),
+            ("Length", ("rollout/length", "eval/length")),
+            ("Diversity", ("eval/distinct_1", "eval/distinct_2", "eval/self_bleu_4")),
+            ("", ("policy/approx_kl",)),
+            ("Clip fractions", ("policy/clip_fraction", "value/clip_fraction")),
+            ("", ("policy/loss",)),
+            ("", ("policy/grad_norm",)),
+            ("Ended by EOS", ("rollout/eos_fraction", "eval/eos_fraction")),
+            ("", ("reward/std",)),
+            ("", ("advantage/mean",)),
+            ("", ("advantage/std",)),
+            ("", ("policy/ratio_error",)),
+        ],
+    ),
+    ("The critic", [("", ("value/explained_variance",)), ("", ("value/loss",))]),
+    (
+        "Schedule and cost",
+        [
+            ("", ("train/lr",)),
+            ("", ("train/grad_norm",)),
+            ("", ("kl/coef",)),
+            ("", ("update/epochs",)),
+            ("Seconds a step", ("time/step_s", "time/rollout_s", "time/score_s", "time/update_s")),
+            ("", ("train/tokens_per_s",)),
+            ("", ("memory/peak_bytes",)),
+        ],
+    ),
 ]
-_LEFT_OUT = frozenset({"data/tokens", "data/rows"})  # straight lines
+_LEFT_OUT = frozenset({"data/tokens", "data/rows"})  # counters: straight lines
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series' legend and definition."""
+    """One series: its legend, its last value, its definition, and how it kept to its healthy range."""
 
     name: str
     title: str
     swatch: Markup
     last: str
-    definition: str
+    entry: Metric
     healthy: str
+    strayed: bool
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of the page."""
+    """One drawn figure."""
 
     title: str
     unit: str
-    now: str
     svg: Markup
     lines: list[Line]
 
 
-def chart_groups(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[tuple[str, Metric, str]]]:
-    """The titled groups of charts, and (name, entry, value) of the metrics that never changed."""
+@dataclass(frozen=True)
+class Constant:
+    """A metric that had one value through the run, and so needs no curve."""
+
+    name: str
+    title: str
+    value: str
+    entry: Metric
+
+
+def entry_of(name: str) -> Metric:
+    """The registry's entry, or a blank one: a page shows what a newer program wrote, too."""
+    try:
+        return metric(name)
+    except KeyError:
+        return Metric(name, "This program's registry does not know it.")
+
+
+def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Constant]]:
+    """The charts under their headings, and the metrics that never changed."""
     left = {name: points for name, points in run.columns.items() if name not in _LEFT_OUT}
-    constants = []
-    for name, points in list(left.items()):
-        values = {value for _, value in points}
-        if len(points) > 1 and len(values) == 1 and None not in values:
-            constants.append((name, _entry(name), text.number(points[0][1], _entry(name).unit)))
-            del left[name]
+    constants = [_constant(name, points) for name, points in left.items() if _is_constant(points)]
+    for constant in constants:
+        del left[constant.name]
     groups = []
     for heading, members in _GROUPS:
         charts = []
-        for names in _sharing(members, left):
-            present = [name for name in names if name in left]
+        for shared_title, names in members:
+            present = [name for name in _filled(names, left) if name in left]
             if present:
-                charts.append(_chart(run, present))
+                charts.append(
+                    _chart(run, shared_title if len(present) > 1 else text.title(present[0]), present)
+                )
                 for name in present:
                     del left[name]
         if charts:
             groups.append((heading, charts))
     if left:
-        groups.append(("Further figures", [_chart(run, [name]) for name in left]))
+        groups.append(("Further figures", [_chart(run, text.title(name), [name]) for name in left]))
     return groups, constants
 
 
-def _sharing(members: list[tuple[str, ...]], left: dict[str, list[tuple[float, float | None]]]) -> list[list[str]]:
-    """The groups with stars filled in. Proxy reward and judge go on one plot where the reward lies in [0, 1] too."""
-    groups = []
-    for names in members:
-        filled = []
-        for name in names:
-            filled += [known for known in left if known.startswith(name[:-1])] if name.endswith("*") else [name]
-        groups.append(filled)
+def _is_constant(points: Points) -> bool:
+    values = {value for _, value in points}
+    return len(points) > 1 and len(values) == 1 and None not in values
+
+
+def _constant(name: str, points: Points) -> Constant:
+    entry = entry_of(name)
+    return Constant(name, text.title(name), _plain(points[0][1], entry.unit), entry)
+
+
+def _plain(value: float | None, unit: str) -> str:
+    return text.number(value, unit) if value is None or unit == "bytes" else text.compact(value)
+
+
+def _filled(names: tuple[str, ...], left: Mapping[str, Points]) -> list[str]:
+    """The names, stars filled in. A proxy reward within [0, 1], as the judge is, takes the judge along."""
+    filled = []
+    for name in names:
+        filled += [known for known in left if known.startswith(name[:-1])] if name.endswith("*") else [name]
     reward = [value for _, value in left.get("reward/mean", []) if value is not None]
-    if "eval/judge" in left and reward and 0 <= min(reward) and max(reward) <= 1:
-        groups = [[*names, "eval/judge"] if "reward/mean" in names else names for names in groups]
-    return groups
+    if "reward/mean" in names and reward and min(reward) >= 0 and max(reward) <= 1:
+        filled.append("eval/judge")
+    return filled
 
 
-def _entry(name: str) -> Metric:
-    """The registry's entry, or a blank one: a page shows what a newer program wrote, too."""
-    try:
-        return metric(name)
-    except KeyError:
-        return Metric(name, "Not in this program's registry.")
-
-
-def _chart(run: RunFiles, names: list[str]) -> Chart:
-    entries = [_entry(name) for name in names]
-    unit = entries[0].unit
+def _chart(run: RunFiles, title: str, names: list[str]) -> Chart:
+    entries = [entry_of(name) for name in names]
     bands = {entry.healthy for entry in entries}
-    band = bands.pop() if len(bands) == 1 else None
-    heading = " and ".join(dict.fromkeys(text.title(name) for name in names)) if len(names) <= 2 else _family(names)
-    return Chart(
-        title=heading,
-        unit=unit,
-        now=_now(run.columns[names[0]], unit),
-        svg=line_chart(
-            [Series(name, run.columns[name]) for name in names], _spoken(heading, run, names), unit, band, _markers(run, names)
-        ),
-        lines=[
-            Line(name, text.title(name), swatch(index), _last(run.columns[name], entry.unit), entry.definition,
-                 _healthy(entry, run.columns[name]))
-            for index, (name, entry) in enumerate(zip(names, entries, strict=True))
-        ],
+    lasts = [_last(run.columns[name], entry.unit) for name, entry in zip(names, entries, strict=True)]
+    spoken = f"{title} by step. " + ". ".join(
+        f"{name}: {last}" for name, last in zip(names, lasts, strict=True)
     )
+    svg = line_chart(
+        [Series(name, run.columns[name]) for name in names],
+        label=spoken,
+        unit=entries[0].unit,
+        band=bands.pop() if len(bands) == 1 else None,
+        markers=_markers(run, names),
+    )
+    lines = [
+        Line(name, text.title(name), swatch(index), last, entry, *_healthy(entry, run.columns[name]))
+        for index, (name, entry, last) in enumerate(zip(names, entries, lasts, strict=True))
+    ]
+    return Chart(title, entries[0].unit, svg, lines)
+
+
+def _last(points: Points, unit: str) -> str:
+    step, value = points[-1]
+    return f"{text.number(value, unit)} at step {step:.0f}"
+
+
+def _healthy(entry: Metric, points: Points) -> tuple[str, bool]:
+    """The healthy range and how the points kept to it, in words; and whether any strayed."""
+    if entry.healthy is None:
+        return "", False
+    low, high = entry.healthy
+    known = [value for _, value in points if value is not None]
+    outside = sum((low is not None and v < low) or (high is not None and v > high) for v in known)
+    kept = "all points inside" if not outside else f"{outside} of {len(known)} points outside"
+    return f"Healthy: {healthy_text(entry)}; {kept}.", outside > 0
+
+
+def _markers(run: RunFiles, names: list[str]) -> list[Marker]:
+    """The summary's value before and after, for the first of the names that it holds."""
+    before, after = run.table("baseline"), run.table("metrics")
+    for name in names:
+        found = [
+            Marker(label, float(values[name]), at)
+            for label, values, at in (("before", before, "start"), ("after", after, "end"))
+            if isinstance(values.get(name), int | float)
+        ]
+        if name in before and found:
+            return found
+    return []

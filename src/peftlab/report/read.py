@@ -1,4 +1,4 @@
-"""A run folder's files as plain records: bounded, and tolerant of a run that has only begun, or was cut short."""
+"""A run folder's files as plain records: bounded, and tolerant of a run that only began or was cut short."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Row = dict[str, Any]
 class RunFiles:
     """What a run left.
 
-    summary     as in the contract; status "running" or "killed" where the file is missing
-    columns     {metric: [(step, value or None)]}, in the order of the steps
-    samples     the first rows of samples.jsonl; `sample_rows` is how many it has
-    rollouts    {step: the first rollouts of it}, for the first and the last recorded step; `rollout_rows` as above
+    summary     as in the contract; status "running" or "killed" where the file is missing columns
+    {metric: [(step, value or None)]}, in the order of the steps samples     the first rows of samples.jsonl;
+    `sample_rows` is how many it has rollouts    {step: the first rollouts of it}, for the first and the last
+    recorded step; `rollout_rows` as above
     """
 
     path: Path
@@ -44,6 +44,11 @@ class RunFiles:
     @property
     def name(self) -> str:
         return str(self.summary["run"])
+
+    def table(self, key: str) -> Row:
+        """The summary's table `key`: metrics, baseline, intervals or time; empty where it is none."""
+        table = self.summary.get(key)
+        return table if isinstance(table, dict) else {}
 
 
 def read_run(path: Path) -> RunFiles:
@@ -74,21 +79,34 @@ def read_run(path: Path) -> RunFiles:
 
 def stage_folders(path: Path) -> list[Path]:
     """The stages of a demo, in the order in which they began."""
-    found = [(str(read_environment(file.parent).get("started", "")), file.parent) for file in path.glob("*/config.toml")]
+    found = [
+        (str(read_environment(file.parent).get("started", "")), file.parent)
+        for file in path.glob("*/config.toml")
+    ]
     return [folder for _, folder in sorted(found)]
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def as_number(value: Any) -> float | None:
+    """`value` where JSON holds a number that a float can hold, None where it holds anything else."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _columns(rows: Iterable[Row]) -> dict[str, list[tuple[float, float | None]]]:
     columns: dict[str, list[tuple[float, float | None]]] = {}
     for row in rows:
-        step = _number(row.get("step"))
+        step = as_number(row.get("step"))
         for name, value in row.items():
-            if step is not None and name not in ("step", "time") and (value is None or _number(value) is not None):
-                columns.setdefault(name, []).append((step, _number(value)))
+            if (
+                step is not None
+                and name not in ("step", "time")
+                and (value is None or as_number(value) is not None)
+            ):
+                columns.setdefault(name, []).append((step, as_number(value)))
     return columns
 
 
@@ -112,7 +130,7 @@ def _rollouts(rows: Iterable[Row]) -> tuple[dict[int, list[Row]], int]:
     count = 0
     for row in rows:
         count += 1
-        step = int(_number(row.get("step")) or 0)
+        step = int(as_number(row.get("step")) or 0)
         first = step if first is None else first
         if step not in kept:
             kept = {known: rest for known, rest in kept.items() if known == first}

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no external font; colours come from the page's stylesheet by class."""
+"""Line charts as inline SVG: no script, no font; colours come from the page's stylesheet by class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .text import compact, number
+from .text import clean, compact, number
 
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 18, 28
@@ -26,7 +26,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Marker:
-    """A single value beside the line: `at` "start" or "end" of the x axis."""
+    """A single value beside the line: `at` "start" (step 0) or "end" of the x axis."""
 
     label: str
     value: float
@@ -43,8 +43,10 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def thin(points: Sequence[tuple[float, float | None]], most: int = MOST_POINTS) -> list[tuple[float, float | None]]:
-    """At most `most` points: of each bucket the lowest and the highest (and a gap, if there is one), in their order."""
+def thin(
+    points: Sequence[tuple[float, float | None]], most: int = MOST_POINTS
+) -> list[tuple[float, float | None]]:
+    """At most `most` points: of each bucket the lowest, the highest and a gap, if any, in their order."""
     if len(points) <= most:
         return list(points)
     kept: list[tuple[float, float | None]] = []
@@ -67,12 +69,15 @@ def line_chart(
 ) -> Markup:
     """An SVG element: axes with ticks, a shaded `band` (None for an open end), one line a series, markers.
 
-    Holds no coordinate that is not finite, whatever the points hold. `label` says what it shows to who cannot see it.
+    Holds no coordinate that is not finite, whatever the points hold. `label` says what it shows to who cannot
+    see it.
     """
     lines = [thin([(float(x), _known(y)) for x, y in one.points if _known(x) is not None]) for one in series]
     xs = [x for line in lines for x, _ in line]
     ys = [y for line in lines for _, y in line if y is not None]
     ys += [marker.value for marker in markers if _known(marker.value) is not None]
+    if xs and any(marker.at == "start" for marker in markers):
+        xs.append(0.0)  # "before" is step 0, whichever step was the first to be logged
     x_low, x_high = _domain(xs, 0.0)
     y_low, y_high = _domain(_with_band(ys, band), 0.06)
 
@@ -83,8 +88,8 @@ def line_chart(
         return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" '
-        f'preserveAspectRatio="xMidYMid meet"><title>{escape(label)}</title>'
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(clean(label))}" '
+        f'preserveAspectRatio="xMidYMid meet"><title>{escape(clean(label))}</title>'
     ]
     if band and ys:
         top = at_y(min(y_high, y_high if band[1] is None else band[1]))
@@ -112,9 +117,8 @@ def line_chart(
 
 def swatch(index: int) -> Markup:
     """The legend's sample of the line of series `index`, counted from 0."""
-    return Markup(
-        f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true">{_line(f"line s{index % 6 + 1}", 1, 4, 21, 4)}</svg>'
-    )
+    line = _line(f"line s{index % 6 + 1}", 1, 4, 21, 4)
+    return Markup(f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true">{line}</svg>')
 
 
 def _known(value: float | None) -> float | None:
@@ -186,4 +190,4 @@ def _rect(kind: str, x: float, y: float, width: float, height: float) -> str:
 
 
 def _text(kind: str, x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(clean(text))}</text>'

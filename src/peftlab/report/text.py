@@ -9,6 +9,7 @@ from ..runs.metrics import Metric
 from ..runs.sanitize import BIDI
 
 NONE = "–"
+_MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}  # the control pictures (␠ ␊ ␉) are missing from many fonts
 LONGEST = 4000  # characters of one sample; more is cut, and says so
 
 
@@ -21,9 +22,12 @@ def number(value: float | None, unit: str = "") -> str:
     size = abs(value)
     if size >= 999.5:
         text = f"{value:,.0f}"
-    elif size == 0 or size >= 1e-3:
-        text = f"{value:#.3g}" if size else "0"
-        text = text.rstrip(".")
+    elif size == 0:
+        text = "0"
+    elif size >= 0.1:
+        text = f"{value:.3f}" if size < 0.9995 else f"{value:#.3g}".rstrip(".")
+    elif size >= 1e-3:
+        text = f"{value:.3g}"
     else:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
@@ -34,6 +38,13 @@ def signed(value: float | None) -> str:
     """As `number`, the plus sign written out."""
     text = number(value)
     return f"+{text}" if value is not None and value > 0 and text != NONE else text
+
+
+def fixed(value: float | None, decimals: int, plus: bool = False) -> str:
+    """A figure of a column: always `decimals` places, so that the points line up."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{value:{'+' if plus else ''}.{decimals}f}".replace("-", "−")
 
 
 def compact(value: float) -> str:
@@ -61,9 +72,10 @@ def seconds(value: float | None) -> str:
 
 
 def visible(text: object, spaces: bool = False) -> list[tuple[str, bool]]:
-    """`text` in pieces (piece, is_symbol): whatever would not show, or would reorder the page, has become a symbol.
+    """`text` in pieces (piece, is_symbol): what would not show, or would reorder the page, became a symbol.
 
-    With `spaces`, blanks and line ends too (for single tokens); a line end keeps its break after its symbol otherwise.
+    With `spaces`, blanks and line ends too (for single tokens); a line end keeps its break after its symbol
+    otherwise.
     """
     whole = str(text)
     shown = whole[:LONGEST]
@@ -79,19 +91,21 @@ def visible(text: object, spaces: bool = False) -> list[tuple[str, bool]]:
     return pieces
 
 
+def clean(text: object) -> str:
+    """`visible` in one string."""
+    return "".join(piece for piece, _ in visible(text))
+
+
 def _symbol(char: str, spaces: bool) -> str | None:
     """What stands for `char`, None where it stands for itself."""
-    code = ord(char)
-    if char == " ":
-        return "␠" if spaces else None
-    if char in "\n\t" and not spaces:
-        return None
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    if char in BIDI or unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in "\u200d\u00ad":
-        return f"⟨U+{code:04X}⟩"
+    if char in _MARKS:
+        return _MARKS[char] if spaces else None
+    if (
+        char in BIDI
+        or unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        and char not in "\u200d\u00ad"
+    ):
+        return f"⟨U+{ord(char):04X}⟩"
     return None
 
 
@@ -141,7 +155,14 @@ def title(name: str) -> str:
     words = last.removesuffix("_s").replace("_", " ")
     if group == "reward/part":
         return f"Reward part: {words}"
-    return f"{group} {words}".capitalize() if group in ("policy", "value", "advantage") else words.capitalize()
+    return (
+        f"{group} {words}".capitalize() if group in ("policy", "value", "advantage") else words.capitalize()
+    )
+
+
+def sentence(words: str) -> str:
+    """The words with a capital at the front, other letters as they are."""
+    return words[:1].upper() + words[1:]
 
 
 def direction(entry: Metric) -> str:

@@ -176,7 +176,7 @@ _REGISTRY = [
         "before the first update.",
         healthy=(0, 1e-4), better="lower", limit=1e-4,
         source="float noise of the cached decode; limits by precision: "
-        + ", ".join(f"{limit:g} {where}" for where, limit in FIRST_RATIO_LIMITS.items()),
+        + ", ".join(f"{limit:g} {where}" for where, limit in FIRST_RATIO_LIMITS.items()).replace("e-0", "e-"),
     ),
     Metric(
         "reward/mean",
@@ -207,7 +207,7 @@ _REGISTRY = [
         "kl/k3",
         "k3 estimate of the same: (r - 1) - log r with r = p_reference / p_policy, summed over a "
         "completion, mean over the step's rollouts; never negative.",
-        unit="nats", healthy=(0, None), better="lower", source="Schulman 2020",
+        unit="nats", better="lower", source="Schulman 2020",
     ),
     Metric("kl/coef", "Coefficient beta of the per-token KL penalty in this step's rewards."),
     Metric(
@@ -221,7 +221,7 @@ _REGISTRY = [
         "KL(old || new) between the policy that sampled and the policy being trained, estimated as (r - 1) "
         "- log r with r = p_new / p_old, mean over the counted tokens of the step's minibatches.",
         unit="nats/token", healthy=(0, 0.02), better="lower",
-        source="epochs break above .02 (RECIPES; Spinning Up uses .015)",
+        source="epochs break above .02; Spinning Up uses .015",
     ),
     Metric(
         "policy/clip_fraction",

@@ -41,25 +41,26 @@ def outcome(path: Path) -> dict[str, Any]:
     holds the run.
     """
     environment = read_environment(path)
-    started = str(environment.get("started", ""))
-    try:
-        return {**read_summary(path), "started": started}
-    except UserError:
-        running = is_locked(path)
-    seconds = [row.get("time") or 0.0 for row in read_rows(path / "metrics.jsonl")]
-    return {
+    blank: dict[str, Any] = {
         "schema_version": 1,
         "recipe": environment.get("recipe", "?"),
         "run": environment.get("run", path.name),
-        "status": "running" if running else "killed",
-        "reason": None if running else "ended without a summary; --resume continues",
+        "status": "killed",
+        "reason": "ended without a summary; --resume continues",
         "metrics": {},
         "baseline": {},
         "intervals": {},
-        "time": {"wall_s": max(seconds, default=0.0), "step_s": None},
+        "time": {"wall_s": None, "step_s": None},
         "artifacts": {},
-        "started": started,
+        "started": str(environment.get("started", "")),
     }
+    try:
+        return {**blank, "status": "?", "reason": None, **read_summary(path)}
+    except UserError:
+        if is_locked(path):
+            blank |= {"status": "running", "reason": None}
+    seconds = [row.get("time") or 0.0 for row in read_rows(path / "metrics.jsonl")]
+    return {**blank, "time": {"wall_s": max(seconds, default=None), "step_s": None}}
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
