@@ -1,0 +1,235 @@
+"""Every bad row of a user's file is named by its line, with a reason; everything else is a record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftlab.data.check import check_file
+from peftlab.data.records import (
+    KINDS,
+    Conversation,
+    LabelledText,
+    Message,
+    PreferencePair,
+    Prompt,
+    PromptCompletion,
+    SummaryPair,
+    Text,
+    parse_row,
+)
+from peftlab.errors import UserError
+
+GOOD = [
+    ("sft", {"text": "a"}, Text("0", "a")),
+    ("sft", {"prompt": "a", "completion": "b", "id": 7}, PromptCompletion("7", "a", "b")),
+    (
+        "sft",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        Conversation("0", (Message("user", "a"), Message("assistant", "b"))),
+    ),
+    ("classify", {"text": "a", "label": 1, "id": "x"}, LabelledText("x", "a", 1)),
+    ("classify", {"text": "a", "label": "Negative "}, LabelledText("0", "a", 0)),
+    ("classify", {"text": "a", "label": 1.0, "id": None}, LabelledText("0", "a", 1)),
+    ("summarize", {"document": "a", "summary": "b"}, SummaryPair("0", "a", "b")),
+    ("preferences", {"prompt": "a", "chosen": "b", "rejected": "c"}, PreferencePair("0", "a", "b", "c")),
+    ("prompts", {"prompt": "a"}, Prompt("0", "a")),
+    ("prompts", {"text": "a", "label": "pos", "id": ""}, Prompt("0", "a", 1)),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "record"), GOOD)
+def test_rows_become_records(kind, row, record, tmp_path):
+    assert parse_row(kind, row, 0) == record
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    assert check_file(path, kind).records == [record]
+
+
+BAD = [
+    ("classify", '{"text": "a", "label": 2}', "label: 2 is not one of 0, 1, neg, pos, negative, positive"),
+    ("classify", '{"text": "a", "label": true}', "label: True is not one of"),
+    ("classify", '{"text": "a", "label": 0.5}', "label: 0.5 is not one of"),
+    ("classify", '{"text": "a", "label": NaN}', "label: nan is not one of"),
+    ("classify", '{"text": "a", "label": null}', "label: None is not one of"),
+    ("classify", '{"text": "a", "label": ["pos"]}', "label: ['pos'] is not one of"),
+    ("classify", '{"text": "a", "label": 1e400}', "label: inf is not one of"),
+    ("classify", '{"text": "a"}', "label: missing; the row has 'text'"),
+    ("classify", '{"label": 1}', "text: missing; the row has 'label'"),
+    ("classify", "{}", "text: missing; the row has no fields"),
+    ("classify", '{"te\\nxt": "a"}', "text: missing; the row has 'te\\nxt'"),
+    ("classify", '{"text": "", "label": 1}', "text: empty"),
+    ("classify", '{"text": " \\t\\u00a0\\n", "label": 1}', "text: empty"),
+    ("classify", '{"text": null, "label": 1}', "text: null"),
+    ("classify", '{"text": NaN, "label": 1}', "text: null"),
+    ("classify", '{"text": 3, "label": 1}', "text: expected text, not 3"),
+    ("classify", '{"text": "a\\u0000", "label": 1}', "text: holds a NUL character"),
+    ("classify", '{"text": "a\\ud800", "label": 1}', "text: holds half of a surrogate pair"),
+    ("classify", '{"text": "a", "label": 1, "id": 1.5}', "id: expected text or an integer, not 1.5"),
+    ("classify", '{"text": "a", "label": 1, "id": "\\udc00"}', "id: holds half of a surrogate pair"),
+    ("sft", '{"txt": "a"}', "text (or prompt and completion, or messages): missing; the row has 'txt'"),
+    ("sft", '{"prompt": "a"}', "completion: missing"),
+    ("sft", '{"messages": []}', "messages: expected a list"),
+    ("sft", '{"messages": "hi"}', "messages: expected a list"),
+    ("sft", '{"messages": [{"role": "user", "content": "a"}]}', "messages: the last turn must be"),
+    ("sft", '{"messages": [{"role": "bot", "content": "a"}]}', "messages[0].role: 'bot' is not one of"),
+    ("sft", '{"messages": [{"role": ["user"]}]}', "messages[0].role: ['user'] is not one of"),
+    ("sft", '{"messages": [{"role": "assistant", "content": " "}]}', "messages[0].content: empty"),
+    ("sft", '{"messages": ["hi"]}', "messages[0]: expected {role, content}, not 'hi'"),
+    ("summarize", '{"document": "a", "summary": "\\n"}', "summary: empty"),
+    ("preferences", '{"prompt": "a", "chosen": "b", "rejected": "b"}', "rejected: the same as chosen"),
+    ("prompts", '{"promt": "a"}', "prompt: missing; the row has 'promt'"),
+    ("sft", '["text"]', "expected an object with named fields, not ['text']"),
+    ("sft", "null", "expected an object with named fields, not None"),
+    ("sft", '{"text": "a"', "not valid JSON: "),
+    ("sft", "text", "not valid JSON: "),
+    ("sft", '{"text": ' + "9" * 5000 + "}", "not valid JSON: a number too long"),
+    ("sft", "[" * 200_000, "not valid JSON: "),
+    ("sft", b'{"text": "\xff"}', "not UTF-8 at byte 11"),
+]
+
+
+@pytest.mark.parametrize(("kind", "raw", "reason"), BAD, ids=range(len(BAD)))
+def test_a_bad_row_has_its_line_and_a_reason_of_one_line(kind, raw, reason, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n  \n" + (raw if isinstance(raw, bytes) else raw.encode()) + b"\n")
+    result = check_file(path, kind)
+    assert result.rows == 1 and not result.records
+    [(line, given_reason)] = result.bad
+    assert line == 3 and given_reason.startswith(reason)
+    assert given_reason.isprintable() and len(given_reason) < 300
+
+
+def test_bom_crlf_and_blank_lines_are_accepted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": 1}\r\n{"text": "b\xe2\x80\xa8"}\r\n')
+    result = check_file(path, "sft")
+    assert [r.text for r in result.records] == ["a", "b\u2028"]
+    assert result.rows == 3 and [line for line, _ in result.bad] == [3]
+    # The number of a row counts bad rows too, so that it is the row's place in the file.
+    assert [r.id for r in result.records] == ["0", "2"]
+
+
+def test_an_id_given_twice_is_refused_the_second_time(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1, "text": "a"}\n{"id": "1", "text": "b"}\n{"text": "c"}\n{"text": "d"}\n')
+    result = check_file(path, "sft")
+    assert result.bad == [(2, "id: '1' is also in line 1")]
+    assert [r.text for r in result.records] == ["a", "c", "d"]
+
+
+def test_labels_name_the_classes(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "a", "label": label} for label in ("Spam", "ham", 0, "1", "pos")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    result = check_file(path, "classify", labels=["ham", "spam"])
+    assert [r.label for r in result.records] == [1, 0, 0, 1]
+    assert result.bad == [(5, "label: 'pos' is not one of 0, 1, ham, spam")]
+    many = [str(i) for i in range(20)]
+    assert parse_row("classify", {"text": "a", "label": 12}, 0, many).label == 12
+    assert parse_row("classify", {"text": "a", "label": "1"}, 0, ["1", "0"]).label == 0
+
+
+def test_columns_are_mapped(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("review,stars\nfine,pos\n")
+    result = check_file(path, "classify", columns={"text": "review", "label": "stars"})
+    assert result.records == [LabelledText("0", "fine", 1)]
+
+
+def test_csv_rows_are_named_by_the_line_they_begin_on(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfid,text , label\r\n'
+        b'1,"two\r\nlines, ""quoted""",pos\r\n'  # lines 2 and 3
+        b"2,short\r\n"  # 4
+        b"\r\n"
+        b"   \r\n"
+        b"3,fine,maybe\r\n"  # 7
+        b',"also\nfine",0\r\n'  # 8 and 9
+        b'5,"x"y,1\r\n'  # 10
+        b'6,"never closed,1\r\n'  # 11
+    )
+    result = check_file(path, "classify")
+    two = LabelledText("1", 'two\r\nlines, "quoted"', 1), LabelledText("3", "also\nfine", 0)
+    assert result.records == [*two]
+    assert [line for line, _ in result.bad] == [4, 7, 10, 11]
+    assert result.rows == 6
+    assert result.bad[0][1] == "2 cells, but the header has 3"
+
+
+def test_parquet_rows_are_named_by_their_number(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    messages = [[{"role": "assistant", "content": "a"}], [], None]
+    pq.write_table(pa.table({"messages": messages}), path)
+    result = check_file(path, "sft")
+    assert result.records == [Conversation("0", (Message("assistant", "a"),))]
+    assert [line for line, _ in result.bad] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("none.jsonl", None, "no such file"),
+        ("a.json", b"[]", "expected a file that ends in .jsonl, .csv, .parquet"),
+        ("a", b"", "expected a file that ends in"),
+        ("a.csv", b"text\n\xff\n", "not UTF-8 at byte 6"),
+        ("a.csv", b"text,label,text\n", "the column 'text' appears twice"),
+        ("a.csv", b'"text\n', "not valid CSV"),
+        ("a.parquet", b"PAR1", "not a readable Parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_message(name, data, message, tmp_path):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        check_file(tmp_path / name, "sft")
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_and_an_unknown_kind_are_messages(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        check_file(tmp_path / "a.jsonl", "sft")
+    with pytest.raises(UserError, match="expected one of sft, classify"):
+        check_file(tmp_path / "a.jsonl", "ppo")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_an_empty_file_has_no_rows(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf")
+    result = check_file(tmp_path / name, "sft")
+    assert (result.rows, result.records, result.bad) == (0, [], [])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(["id", "text", "label", "messages", "prompt", "completion", "chosen", "role"])
+
+
+@given(st.sampled_from(KINDS), JSON | st.dictionaries(FIELDS, JSON))
+def test_any_json_is_a_record_or_a_reason(kind, row):
+    try:
+        record = parse_row(kind, row, 5)
+    except ValueError as error:
+        assert str(error).isprintable()
+    else:
+        repr(record).encode("utf-8")
+
+
+def test_checking_is_light():
+    heavy = "torch", "transformers", "datasets", "numpy", "pyarrow"
+    code = "import sys, peftlab.data.check, peftlab.data.sources; "
+    code += f"sys.exit(any(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
