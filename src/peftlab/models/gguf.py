@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct out of its GGUF file: weights de-quantized once, cached as float32 safetensors.
 
-llama.cpp stores the rows of each query and key head interleaved, (d/2 pairs) x 2, where transformers keeps the two
-halves apart; `unpermute` undoes that. Everything else maps one to one.
+The rotary embedding turns pairs of rows of each query and key head. llama.cpp stores the two rows of a pair
+next to each other, transformers keeps all first rows, then all second ones; `unpermute` goes from the one to
+the other. Everything else maps one to one.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def llama_name(name: str) -> str:
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """(heads * d, D) with interleaved rotary pairs -> the two halves of each head one after the other."""
+    """(heads * d, D): rows of each head from (d/2 pairs, 2) to (2, d/2 pairs)."""
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
@@ -94,7 +95,10 @@ def llama_config(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_tokenizer(facts: dict[str, Any], folder: Path) -> None:
-    """The byte-level BPE with SmolLM's pre-tokenizer: digits one by one, then GPT-2's pattern."""
+    """The byte-level BPE with SmolLM's pre-tokenizer: digits one by one, then GPT-2's pattern.
+
+    The GGUF pads with EOS; here <|endoftext|> pads, so that EOS is not masked with the padding.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -106,9 +110,8 @@ def write_tokenizer(facts: dict[str, Any], folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     types = facts["tokenizer.ggml.token_type"]
-    tokenizer.add_special_tokens(
-        [AddedToken(w, special=True, normalized=False) for w, t in zip(words, types, strict=True) if t == CONTROL]
-    )
+    control = [word for word, kind in zip(words, types, strict=True) if kind == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in control])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=words[facts["tokenizer.ggml.bos_token_id"]],
