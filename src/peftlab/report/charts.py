@@ -64,7 +64,6 @@ _GROUPS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
         ],
     ),
 ]
-_LEFT_OUT = frozenset({"data/tokens", "data/rows"})  # counters: straight lines
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ def entry_of(name: str) -> Metric:
 
 def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Constant]]:
     """The charts under their headings, and the metrics that never changed."""
-    left = {name: points for name, points in run.columns.items() if name not in _LEFT_OUT}
-    constants = [_constant(name, points) for name, points in left.items() if _is_constant(points)]
+    left = dict(run.columns)
+    constants = [_constant(name, points) for name, points in left.items() if _is_constant(name, points)]
     for constant in constants:
         del left[constant.name]
     groups = []
@@ -132,9 +131,10 @@ def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Consta
     return groups, constants
 
 
-def _is_constant(points: Points) -> bool:
+def _is_constant(name: str, points: Points) -> bool:
+    """Whether one number says it all: an unchanging metric, or a size that is logged once."""
     values = {value for _, value in points}
-    return len(points) > 1 and len(values) == 1 and None not in values
+    return (len(points) > 1 or name.startswith("data/")) and len(values) == 1 and None not in values
 
 
 def _constant(name: str, points: Points) -> Constant:

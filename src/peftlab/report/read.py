@@ -23,10 +23,10 @@ Row = dict[str, Any]
 class RunFiles:
     """What a run left.
 
-    summary     as in the contract; status "running" or "killed" where the file is missing columns
-    {metric: [(step, value or None)]}, in the order of the steps samples     the first rows of samples.jsonl;
-    `sample_rows` is how many it has rollouts    {step: the first rollouts of it}, for the first and the last
-    recorded step; `rollout_rows` as above
+    summary     as in the contract; status "running" or "killed" where the file is missing
+    columns     {metric: [(step, value or None)]}, in ascending order of steps
+    samples     the first rows of samples.jsonl; sample_rows is how many it has
+    rollouts    {step: its first rollouts}, for the first and the last recorded step; rollout_rows as above
     """
 
     path: Path
@@ -97,17 +97,15 @@ def as_number(value: Any) -> float | None:
 
 
 def _columns(rows: Iterable[Row]) -> dict[str, list[tuple[float, float | None]]]:
-    columns: dict[str, list[tuple[float, float | None]]] = {}
+    """Each metric by step; where a resume logged a step again, the later row counts."""
+    columns: dict[str, dict[float, float | None]] = {}
     for row in rows:
         step = as_number(row.get("step"))
         for name, value in row.items():
-            if (
-                step is not None
-                and name not in ("step", "time")
-                and (value is None or as_number(value) is not None)
-            ):
-                columns.setdefault(name, []).append((step, as_number(value)))
-    return columns
+            number = as_number(value)
+            if step is not None and name not in ("step", "time") and (value is None or number is not None):
+                columns.setdefault(name, {})[step] = number
+    return {name: sorted(values.items(), key=lambda item: item[0]) for name, values in columns.items()}
 
 
 def _samples(rows: Iterable[Row]) -> tuple[list[Row], int]:

@@ -142,8 +142,8 @@ _TITLES = {
     "memory/peak_bytes": "Peak memory",
     "time/step_s": "Seconds a step",
     "update/epochs": "Epochs a step",
-    "data/tokens": "Tokens seen",
-    "data/rows": "Rows seen",
+    "data/tokens": "Training tokens",
+    "data/rows": "Training rows",
 }
 
 

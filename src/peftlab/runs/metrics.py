@@ -70,7 +70,7 @@ _REGISTRY = [
         "eval/ece",
         "Expected calibration error: over 15 equal-width bins of the top probability, the mean of |accuracy "
         "- confidence| weighted by the rows in each bin.",
-        healthy=(0, 0.02), better="lower", source="the lab's target; definition: Naeini et al. 2015",
+        healthy=(0, 0.02), better="lower", source="the lab's target; definition: Guo et al. 2017",
     ),
     Metric(
         "eval/loss",
@@ -305,8 +305,8 @@ _REGISTRY = [
         "Largest memory so far: allocated on the accelerator, or resident in the process on CPU.",
         unit="bytes", better="lower",
     ),
-    Metric("data/tokens", "Tokens that training has seen so far, without padding.", unit="tokens"),
-    Metric("data/rows", "Rows, or rollouts, that training has seen so far.", unit="rows"),
+    Metric("data/tokens", "Tokens of the training set in one epoch, without padding.", unit="tokens"),
+    Metric("data/rows", "Rows of the training set in one epoch, after packing.", unit="rows"),
 ]
 METRICS = {entry.name: entry for entry in _REGISTRY}
 

@@ -25,7 +25,7 @@ from .checkpoint import CheckpointStore
 from .lock import LOCK, locked
 from .metrics import metric
 from .signals import StopSignals
-from .summary import find_run, list_runs, read_summary
+from .summary import find_run, list_runs, read_environment, read_summary
 
 __all__ = ["RunDir", "check_name", "find_run", "list_runs", "read_summary"]
 
@@ -65,11 +65,9 @@ class RunDir:
     where earlier work may be there to continue.
     """
 
-    def __init__(
-        self, path: Path, name: str, recipe: str, *, resumed: bool, keep_checkpoints: int = 2
-    ) -> None:
+    def __init__(self, path: Path, name: str, recipe: str, *, resumed: bool) -> None:
         self.path, self.name, self.recipe, self.resumed = path, name, recipe, resumed
-        self.checkpoints = CheckpointStore(path / "checkpoints", keep=keep_checkpoints)
+        self.checkpoints = CheckpointStore(path / "checkpoints")
         self.summary: dict[str, Any] | None = None
         if resumed and (path / "summary.json").exists():
             self.summary = read_summary(path)
@@ -118,11 +116,9 @@ class RunDir:
 
     @staticmethod
     def _check_same(path: Path, name: str, recipe: str, config_toml: str) -> None:
-        before = json.loads((path / "environment.json").read_text(encoding="utf-8"))
-        if before.get("recipe") != recipe:
-            raise UserError(
-                f"run {name!r} is a {before.get('recipe')} run, not {recipe}; choose another --run"
-            )
+        before = read_environment(path).get("recipe", "?")
+        if before != recipe:
+            raise UserError(f"run {name!r} is a {before} run, not {recipe}; choose another --run")
         differing = _differences((path / "config.toml").read_text(encoding="utf-8"), config_toml)
         if differing:
             raise UserError(
