@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+from safetensors import SafetensorError
 
 from peftlab.errors import UserError
 from peftlab.models import catalog
@@ -78,6 +80,18 @@ def test_bundled_names_come_before_folders_of_that_name(bundled, tmp_path, monke
     assert (entry.origin, entry.kind, entry.path) == ("bundled", "causal", bundled / "tiny-gpt2")
     assert resolve("./tiny-gpt2").kind == "seq2seq"
     assert resolve("imdb-judge").kind == "adapter"
+
+
+def test_a_disk_that_fills_while_weights_are_written_is_one_message(bundled, tmp_path, monkeypatch):
+    def build(folder):
+        (folder / "config.json").write_text("{}")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    failing = replace(catalog.CONVERTED["smollm2-135m"], build=build)
+    monkeypatch.setitem(catalog.CONVERTED, "smollm2-135m", failing)
+    with pytest.raises(UserError, match="No space left on device.*PEFTLAB_HOME"):
+        resolve("smollm2-135m")
+    assert not [p for p in (tmp_path / "home" / "models").iterdir() if p.is_dir()]
 
 
 def test_listing_pulls_nothing(bundled, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def resolve(name: str) -> Entry:
     """
     if name in CONVERTED:
         known = CONVERTED[name]
-        path = derived(_place(name), known.build)
+        path = derived(_place(name), lambda folder: _convert(known, folder))
         return Entry(name, known.kind, path, known.licence, _size(path), "wheel")
     if name in _bundled():
         return _folder(name, BUNDLED / name, "MIT", "bundled")
@@ -103,6 +104,15 @@ def _bundled() -> list[str]:
     if not BUNDLED.is_dir():
         return []
     return sorted(p.name for p in BUNDLED.iterdir() if p.is_dir() and any(p.glob("*config.json")))
+
+
+def _convert(known: _Converted, folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        known.build(folder)
+    except SafetensorError as error:  # how a full disk shows itself while weights are written
+        raise OSError(errno.EIO, str(error), str(folder)) from None
 
 
 def _place(name: str) -> str:
