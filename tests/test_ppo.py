@@ -116,7 +116,7 @@ def test_shaped_rewards_sum_to_score_less_kl(tiny_causal):
     torch.testing.assert_close(
         shaped_rewards(rollout, kl_coef=0.2).sum(1), rollout.scores - 0.2 * 0.5 * lengths, atol=1e-5, rtol=0
     )
-    plain = shaped_rewards(rollout, 0.0, eos_penalty=1.0, eos_id=ppo.sampler.eos_id)
+    plain = shaped_rewards(rollout, 0.0, eos_penalty=1.0)
     cut = ~(rollout.completion_ids == ppo.sampler.eos_id).any(1)
     torch.testing.assert_close(plain.sum(1), rollout.scores - cut.float())
 

@@ -14,7 +14,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = "the a film movie was is good bad great awful i it and but not very plot actor scene fun dull".split()
+WORDS = """
+the a film movie was is good bad great awful i it and but not very plot actor scene fun dull
+""".split()
 
 
 def tokenizer() -> Any:

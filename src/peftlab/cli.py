@@ -63,7 +63,7 @@ def _training_verb(verb: str, summary: str) -> None:
         overrides: Overrides = None,
         run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="continue the run from its newest checkpoint")] = False,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="show config, sizes and estimates; train nothing")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="show config and sizes; train nothing")] = False,
         as_json: Json = False,
     ) -> None:
         from .recipes.launch import dry_run as show
@@ -219,10 +219,8 @@ def runs(as_json: Json = False) -> None:
     """List the runs below runs/ and how they ended."""
     from .runs.rundir import list_runs
 
-    rows = [
-        {"run": s["run"], "recipe": s["recipe"], "status": s["status"], "seconds": s["time"]["wall_s"], "reason": s["reason"]}
-        for s in list_runs(RUNS)
-    ]
+    columns = ("run", "recipe", "status", "started", "reason")
+    rows = [{name: s.get(name) for name in columns} | {"seconds": s["time"]["wall_s"]} for s in list_runs(RUNS)]
     _print_rows(rows, as_json)
 
 

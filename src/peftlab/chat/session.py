@@ -31,7 +31,7 @@ class Session:
         return int(self.sampler.model.config.max_position_embeddings)
 
     def reply(self, text: str) -> Iterator[str]:
-        """Add the user's turn and stream the answer's text; what was streamed is kept, also when the caller stops early."""
+        """Add the user's turn and stream the reply; what was streamed is kept, also when the caller stops early."""
         self.turns.append(Message("user", text))
         prompt = self.fit()
         said: list[str] = []

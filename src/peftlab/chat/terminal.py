@@ -33,7 +33,7 @@ class Terminal:
             "/set": self.set,
             "/system": self.system,
             "/history": lambda _: self.say("\n".join(map(sanitize, transcript(session.turns))) or "(nothing yet)"),
-            "/undo": lambda _: self.undo(),
+            "/undo": self.undo,
             "/retry": lambda _: self.retry(),
             "/clear": lambda _: session.clear(),
         }
@@ -100,19 +100,24 @@ class Terminal:
     def system(self, text: str) -> None:
         self.session.system = text
 
-    def undo(self) -> str | None:
-        """Take back the last turn and its reply; returns the turn."""
-        if len(self.session.turns) < 2:
+    def undo(self, _: str = "") -> None:
+        if self._take_back() is None:
             self.say("(nothing to take back)")
+
+    def retry(self) -> None:
+        asked = self._take_back()
+        if asked is None:
+            self.say("(nothing to answer again)")
+        else:
+            self.answer(asked)
+
+    def _take_back(self) -> str | None:
+        """Remove the last turn and its reply; returns what was asked."""
+        if len(self.session.turns) < 2:
             return None
         asked, _ = self.session.turns[-2:]
         del self.session.turns[-2:]
         return asked.content
-
-    def retry(self) -> None:
-        asked = self.undo()
-        if asked is not None:
-            self.answer(asked)
 
     def say(self, text: str) -> None:
         self.out.write(text + "\n")

@@ -44,12 +44,17 @@ def load_block(name: str) -> list[LabelledText]:
 
     Raises UserError where the cached bytes are not those of the shipped manifest.
     """
-    path = derived("imdb-1", _derive) / f"{name}.jsonl"
+    path = blocks_folder() / f"{name}.jsonl"
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != manifest()[name]["sha256"]:
         raise UserError(f"{path}: differs from the shipped manifest; delete its folder and pull imdb again")
     rows = map(json.loads, data.decode("utf-8").rstrip("\n").split("\n"))
     return [LabelledText(row["id"], row["text"], row["label"]) for row in rows]
+
+
+def blocks_folder() -> Path:
+    """Where the blocks lie, one JSONL each, derived on first use."""
+    return derived("imdb-1", _derive)
 
 
 def manifest() -> dict[str, Block]:

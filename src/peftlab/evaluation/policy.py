@@ -89,7 +89,7 @@ def evaluate_side(
             "nll": -masked_sum(token_logprobs(reference, samples.completion_ids), mask),
             "entropy": masked_sum(entropy(policy), mask),
             "lengths": lengths,
-            "ended": (lengths < width).float(),
+            "ended": samples.ended,
         }
         for name, value in measured.items():
             columns[name].append(value.double().cpu().numpy())

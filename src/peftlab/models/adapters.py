@@ -59,7 +59,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def attach(model: nn.Module, lora: Lora, name: str, kind: Kind = "causal", base: str = "") -> Any:
     """A PeftModel with a fresh adapter `name` (another one, when `model` has adapters already); B = 0, so a no-op."""
-    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+    from peft import LoraConfig, PeftModel, TaskType
 
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     targets = linear_names(plain) if lora.targets == "all-linear" else lora.targets
@@ -163,7 +163,7 @@ def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> 
         raise UserError(f"adapter {folder}: {'; '.join(problems)}; restore the folder or train it again")
     stack = read_stack(folder)
     if stack.fingerprint and fingerprint and stack.fingerprint != fingerprint:
-        raise UserError(f"adapter {folder}: was trained on another {stack.base} ({stack.fingerprint}, not {fingerprint})")
+        raise UserError(f"adapter {folder}: its {stack.base} is another one ({stack.fingerprint}, not {fingerprint})")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"adapter {folder}: no adapter_model.safetensors (pickle files are not loaded; convert first)")

@@ -22,7 +22,7 @@ class Backbone:
     """A frozen base: `model` in eval mode without gradients, its tokenizer, and the fingerprint of its weights."""
 
     name: str
-    model: nn.Module
+    model: Any
     tokenizer: Any
     fingerprint: str
 
@@ -67,14 +67,15 @@ def load_backbone(
     auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
     options = {} if task == "causal" else {"num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id}
     with _quiet_loading():
-        model = auto.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **options)
+        model: Any = auto.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **options)
     model.requires_grad_(False).eval()
     return Backbone(name, model.to(pick_device(device)), tokenizer, fingerprint(trunk(model)))
 
 
 def trunk(model: nn.Module) -> nn.Module:
     """The transformer under a task head (GPT2Model under GPT2LMHeadModel)."""
-    return getattr(model, model.base_model_prefix) if hasattr(model, "base_model_prefix") else model
+    name: Any = getattr(model, "base_model_prefix", None)
+    return getattr(model, name) if name else model
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -89,7 +89,8 @@ class Roles:
         weights = dict(self.twin.named_parameters())
         for name, layer in lora_layers(self.model).items():
             base = layer.base_layer.weight
-            weights[f"{name}.weight"].copy_(base if role is None else base + layer.get_delta_weight(role).to(base.dtype))
+            merged = base if role is None else base + layer.get_delta_weight(role).to(base.dtype)
+            weights[f"{name}.weight"].copy_(merged)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that learns, for checkpoints."""
@@ -128,7 +129,7 @@ class Roles:
         }
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def _twin(model: Any) -> Any:
     """A second module tree that owns its linear weights and shares everything else with `model`."""
     from transformers.pytorch_utils import Conv1D
 

@@ -17,7 +17,7 @@ from ..models.classifier import LABEL_NAMES, classify_texts, pad_right
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, require_gradients, seed_everything, trained_parameters
+from .common import load_recorded, require_gradients, resume_point, seed_everything, trained_parameters
 
 ADAPTER = "policy"
 CROPS = (8, 64)
@@ -62,7 +62,9 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             return np.asarray(logits.double().softmax(-1))
 
         before = classification_metrics(measure(), labels)
-        run.log(before | {"data/rows": len(rows)}, 0)
+        checkpoint = resume_point(run)
+        if checkpoint is None:
+            run.log(before | {"data/rows": len(rows)}, 0)
         trainer = LabTrainer(
             model,
             training_arguments(config, len(rows)),
@@ -73,7 +75,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             run.log,
             lambda: run.stop_requested,
         )
-        trainer.fit()
+        trainer.fit(checkpoint)
         probabilities = measure()
         after = classification_metrics(probabilities, labels)
         run.log(after, trainer.state.global_step)
@@ -107,7 +109,7 @@ def rows_of(records: list[Any], tokenizer: Any, config: ClassifyConfig) -> list[
     """Token ids and label of each record. A `crop` share of rows is cut to its opening: the judge reads openings."""
     wrong = next((r for r in records if not 0 <= r.label < len(config.labels)), None)
     if wrong is not None:
-        raise UserError(f"train_data: row {wrong.id} has label {wrong.label}, but labels lists {len(config.labels)} names")
+        raise UserError(f"train_data: row {wrong.id} has label {wrong.label}; labels has {len(config.labels)} names")
     encoded = tokenizer([r.text for r in records], truncation=True, max_length=config.max_length)["input_ids"]
     draw = random.Random(config.seed)
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,15 @@ def load_recorded(run: RunDir, spec: str, kind: str, limit: int, seed: int) -> R
     data = load_records(spec, kind, limit=limit or None, seed=seed)
     run.record_data(spec, data.sha256, len(data.records))
     return data
+
+
+def resume_point(run: RunDir) -> Path | None:
+    """The folder of the newest verified checkpoint; what the run logged after it is dropped."""
+    checkpoint, skipped = run.checkpoints.newest_verified()
+    for problem in skipped:
+        run.event("checkpoint_skipped", reason=problem)
+    run.truncate_after(checkpoint.step if checkpoint else -1)
+    return checkpoint.path if checkpoint else None
 
 
 def trained_parameters(model: nn.Module) -> int:

@@ -80,7 +80,7 @@ def _rollout_checks(roles: Roles, ratio_limit: float) -> list[Check]:
             worst = max(worst, float(((lone - padded[row]).abs() * rollout.completion_mask[row]).max()))
         twin = causal_logits(roles.twin, rollout.ids, rollout.mask, width)
         same = float((twin - roles.reference(rollout.ids, rollout.mask, width)).abs().max())
-    checks.append(_limit("padding/left_pad_error", worst, 1e-4, "log-probs of a padded row against the row alone, nats"))
+    checks.append(_limit("padding/left_pad_error", worst, 1e-4, "log-probs of a padded row against it alone, nats"))
     checks.append(_limit("sampler/copy_error", same, 0.0, "logits of the sampler's merged copy against the reference"))
     return checks
 

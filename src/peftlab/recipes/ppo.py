@@ -30,7 +30,7 @@ from ..rl.rollout import FirstStep, PromptBatch, Rollout
 from ..runs.metrics import first_ratio_limit
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
-from .common import seed_everything
+from .common import resume_point, seed_everything
 
 RECORDED_ROWS = 4
 NORMALISE_ON = 256
@@ -44,7 +44,7 @@ class PPOConfig(Config):
     train_data: str = "imdb:train"
     eval_data: str = "imdb:prompts"
     want: Literal["positive", "negative"] = "positive"
-    reward: str = Field("imdb-sentiment", description="classifier whose log-odds of `want` are the reward; empty = none")
+    reward: str = Field("imdb-sentiment", description="classifier whose log-odds of `want` count; empty = none")
     reward_function: str = Field("", description="module:function, added to the reward as it is")
     reward_function_weight: float = 1.0
     judge: str = Field("imdb-judge", description="classifier of the evaluation; never the reward's")
@@ -93,7 +93,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         seed_everything(config.seed)
         backbone, under = load_stack(config.model, device=config.device, dtype=config.dtype)
         if under.kind != "causal":
-            raise UserError(f"model {config.model}: a {under.kind}, but ppo needs a causal language model or its adapter")
+            raise UserError(f"model {config.model}: a {under.kind}; ppo needs a causal language model or its adapter")
         roles = Roles(backbone, config.lora, config.critic)
         base_hash = roles.frozen_hash()
         run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
@@ -102,10 +102,8 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         sampler = Sampler(roles.twin, roles.tokenizer)
         decoding = Decoding(config.max_new_tokens, config.temperature)
         reward = _reward(config)
-        checkpoint, skipped = run.checkpoints.newest_verified()
-        for reason in skipped:
-            run.event("checkpoint_skipped", reason=reason)
-        state = _read_state(checkpoint.path) if checkpoint else None
+        checkpoint = resume_point(run)
+        state = _read_state(checkpoint) if checkpoint else None
         if state is None:
             reward = _normalised(reward, sampler, train, decoding, config.seed)
         else:
@@ -114,13 +112,16 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         trainer = PPOTrainer(roles, sampler, reward, _controller(config), settings, decoding, config.seed)
         if state is not None:
             trainer.load_state_dict(state["trainer"])
-        run.truncate_after(trainer.steps_done)
 
-        reason = None
-        seconds = []
+        reason: str | None = None
+        seconds: list[float] = []
         while trainer.steps_done < config.steps and reason is None:
             prompts = _batch(train, trainer.steps_done, config)
-            rollout, stats, token_tensors = trainer.step(prompts)
+            try:
+                rollout, stats, token_tensors = trainer.step(prompts)
+            except LabError:  # a broken invariant is in the log, and so in summary.json, before the run stops
+                run.log(trainer.first.metrics() if trainer.first else {}, trainer.steps_done)
+                raise
             step = trainer.steps_done
             run.log(stats, step)
             seconds.append(stats["time/step_s"])
@@ -159,7 +160,9 @@ def plan(config: PPOConfig) -> dict[str, Any]:
     }
 
 
-def _prompts(run: RunDir, spec: str, tokenizer: Any, config: PPOConfig, seed: int, limit: int | None = None) -> PromptBatch:
+def _prompts(
+    run: RunDir, spec: str, tokenizer: Any, config: PPOConfig, seed: int, limit: int | None = None
+) -> PromptBatch:
     low, high = config.prompt_tokens
     if not 1 <= low <= high:
         raise UserError(f"prompt_tokens: expected 1 <= shortest <= longest, not {low}, {high}")
@@ -198,7 +201,7 @@ def _batch(prompts: PromptBatch, step: int, config: PPOConfig) -> PromptBatch:
     Runs through a fresh permutation of all prompts before any repeats.
     """
     total, size = len(prompts.texts), config.prompts_per_step
-    rows = []
+    rows: list[int] = []
     for position in range(step * size, (step + 1) * size):
         epoch, offset = divmod(position, total)
         if not rows or offset == 0:
@@ -287,7 +290,7 @@ def _finish(
     )
     metrics = after.metrics() | {"eval/perplexity_ratio": perplexity_ratio(before, after)}
     if first is not None:
-        metrics |= {"invariant/first_kl": first.kl, "invariant/first_ratio_error": first.ratio_error}
+        metrics |= first.metrics()
     baseline = before.metrics() | {"eval/perplexity_ratio": 1.0}
     artifacts = {"adapter": "adapter", "samples": "samples.jsonl", "rollouts": "rollouts.jsonl"}
     return run.finish(metrics, baseline, after.intervals(), artifacts, step_s, reason=reason)

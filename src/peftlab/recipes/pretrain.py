@@ -18,7 +18,7 @@ from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
 from ..training.arguments import TrainConfig, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, seed_everything, trained_parameters
+from .common import load_recorded, resume_point, seed_everything, trained_parameters
 from .sft import row_length
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -60,7 +60,9 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
         model.to(arguments.device)
         before = perplexity(*row_nlls(model, held_out, tokenizer.pad_token_id))
         tokens = sum(map(row_length, rows))
-        run.log({"eval/perplexity": before, "data/rows": len(rows), "data/tokens": tokens}, 0)
+        checkpoint = resume_point(run)
+        if checkpoint is None:
+            run.log({"eval/perplexity": before, "data/rows": len(rows), "data/tokens": tokens}, 0)
         trainer = LabTrainer(
             model,
             arguments,
@@ -72,7 +74,7 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
             lambda: run.stop_requested,
         )
         started = time.monotonic()
-        trainer.fit()
+        trainer.fit(checkpoint)
         seconds = time.monotonic() - started
         # The shipped weights are float16: round first, so that the figure is theirs.
         model.to(torch.float16).to(torch.float32)
@@ -94,7 +96,8 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
 
     texts = [r.text for r in load_records(config.train_data, "sft", config.train_limit or None, config.seed).records]
     width, layers = config.width, config.layers
-    parameters = (config.vocab_size + config.max_length) * width + layers * (12 * width * width + 13 * width) + 2 * width
+    embeddings, layer = (config.vocab_size + config.max_length) * width, (12 * width + 13) * width
+    parameters = embeddings + layers * layer + 2 * width
     tokens = int(sum(map(len, texts)) / 4.6)
     rows = -(-tokens // config.max_length)
     steps = config.max_steps or int(config.epochs * -(-rows // config.batch_size))
@@ -166,6 +169,8 @@ def card(config: PretrainConfig, facts: dict[str, Any], texts: list[str]) -> str
     low, high = facts["interval"]
     keys = json.dumps(config.model_dump(exclude={"recipe", "device"}))
     quoted = "\n".join("> " + " ".join(text.split()) + "\n" for text in texts)
+    shape = f"width {config.width}, {config.layers} layers, {config.heads} heads, context {config.max_length}"
+    quality = f"{facts['perplexity']:.2f} (95% interval {low:.2f} to {high:.2f})"
     return f"""# A small GPT-2 for movie reviews
 
 Trained from scratch by `peftlab pretrain` on the lab's training block of IMDb reviews ({config.train_data}) and on
@@ -173,13 +178,13 @@ nothing else. It writes English that looks like a review, and knows nothing: use
 
 | | |
 |---|---|
-| architecture | GPT2LMHeadModel, width {config.width}, {config.layers} layers, {config.heads} heads, context {config.max_length} |
+| architecture | GPT2LMHeadModel, {shape} |
 | parameters | {facts["parameters"]:,} |
 | tokenizer | byte-level BPE of {config.vocab_size}, trained on the same reviews; own EOS and pad tokens |
 | data | {facts["tokens"]:,} tokens an epoch, documents packed whole with EOS and kept apart, {config.epochs:g} epochs |
 | steps, seed | {facts["steps"]} of {config.batch_size} blocks, seed {config.seed} |
 | hardware, time | {hardware}, {facts["seconds"]:.0f} s of training |
-| held-out perplexity | {facts["perplexity"]:.2f} (95% interval {low:.2f} to {high:.2f}) on {config.eval_data}, EOS counted |
+| held-out perplexity | {quality} on {config.eval_data}, EOS counted |
 | weights | float16 safetensors; the perplexity above is of these rounded weights |
 | licence | MIT; the reviews belong to their authors |
 

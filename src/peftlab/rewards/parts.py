@@ -52,7 +52,7 @@ class Reward:
         return total, values
 
     def normalise(self, prompts: Sequence[str], completions: Sequence[str], records: Sequence[Any]) -> Reward:
-        """A reward whose normalised parts have mean 0 and variance 1 on these completions (samples of the SFT model)."""
+        """A reward whose normalised parts have mean 0 and variance 1 on these samples of the SFT model."""
         parts = []
         for part in self.parts:
             if part.normalise:
@@ -98,7 +98,7 @@ def user_function(path: str) -> RewardFunction:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"reward_function {path!r}: no module {error.name!r} here ({Path.cwd()}) or installed") from None
+        raise UserError(f"reward_function {path!r}: no module {error.name!r} in {Path.cwd()} or installed") from None
     except AttributeError:
         raise UserError(f"reward_function {path!r}: module {module_name} has no {function_name!r}") from None
     if not callable(function):

@@ -88,8 +88,8 @@ class PPOTrainer:
         if self.first is None:
             self.first = first_step(self.roles, rollout, self.decoding.temperature, settings.ratio_limit)
             self.first.check()
-        mask, eos_id = rollout.completion_mask, self.sampler.eos_id
-        rewards = shaped_rewards(rollout, self.kl.coef, settings.eos_penalty, eos_id)
+        mask = rollout.completion_mask
+        rewards = shaped_rewards(rollout, self.kl.coef, settings.eos_penalty)
         if settings.whiten_rewards:
             rewards = masked_whiten(rewards, mask)
         advantages, returns = gae(rewards, rollout.values, mask, settings.gamma, settings.lam)
@@ -193,7 +193,6 @@ def describe(rollout: Rollout, returns: Tensor) -> dict[str, float]:
     """Metrics of a rollout itself, whatever algorithm learns from it."""
     mask = rollout.completion_mask
     lengths = mask.sum(1).float()
-    width = mask.shape[1]
     stats = {
         "reward/mean": rollout.scores.mean(),
         "reward/std": rollout.scores.std(unbiased=False),
@@ -201,7 +200,7 @@ def describe(rollout: Rollout, returns: Tensor) -> dict[str, float]:
         "kl/k3": masked_sum(k3(rollout.logprobs, rollout.ref_logprobs), mask).mean(),
         "value/explained_variance": explained_variance(rollout.values, returns, mask),
         "rollout/length": lengths.mean(),
-        "rollout/eos_fraction": (lengths < width).float().mean(),
+        "rollout/eos_fraction": rollout.ended.float().mean(),
     }
     stats |= {f"reward/part/{name}": part.mean() for name, part in rollout.score_parts.items()}
     return {name: float(value) for name, value in stats.items()}

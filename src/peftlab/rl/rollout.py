@@ -35,6 +35,7 @@ class Rollout:
     prompts          the batch they answer
     prompt_ids       (B, P) left-padded;  prompt_mask (B, P)
     completion_ids   (B, C);              completion_mask (B, C), up to and including EOS
+    ended            (B,)   True where the EOS was sampled
     completions      B texts
     logprobs         (B, C) of the policy while it sampled
     ref_logprobs     (B, C) of the frozen reference
@@ -48,6 +49,7 @@ class Rollout:
     prompt_mask: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
+    ended: Tensor
     completions: list[str]
     logprobs: Tensor
     ref_logprobs: Tensor
@@ -84,6 +86,7 @@ def collect_rollout(
         prompt_mask=samples.prompt_mask,
         completion_ids=samples.completion_ids,
         completion_mask=samples.completion_mask,
+        ended=samples.ended,
         completions=completions,
         logprobs=samples.logprobs,
         ref_logprobs=ref_logprobs,
@@ -105,7 +108,7 @@ def _score_tokens(roles: Roles, samples: Samples, temperature: float, chunk: int
     return torch.cat(logprobs) * samples.completion_mask, torch.cat(values) * samples.completion_mask
 
 
-def shaped_rewards(rollout: Rollout, kl_coef: float, eos_penalty: float = 0.0, eos_id: int | None = None) -> Tensor:
+def shaped_rewards(rollout: Rollout, kl_coef: float, eos_penalty: float = 0.0) -> Tensor:
     """Per-token rewards (B, C): -kl_coef * k1 at every token, plus the score at the last one.
 
     The k1 estimate inside the reward makes the policy gradient of the KL term unbiased (Ziegler et al. 2019, eq. 2).
@@ -113,9 +116,7 @@ def shaped_rewards(rollout: Rollout, kl_coef: float, eos_penalty: float = 0.0, e
     """
     mask = rollout.completion_mask
     rewards = -kl_coef * (rollout.logprobs - rollout.ref_logprobs) * mask
-    scores = rollout.scores.clone()
-    if eos_penalty and eos_id is not None:
-        scores -= eos_penalty * ((rollout.completion_ids == eos_id) & mask).logical_not().all(1)
+    scores = rollout.scores - eos_penalty * ~rollout.ended
     last = mask.sum(1).clamp(min=1) - 1
     return rewards.scatter_add(1, last.unsqueeze(1), scores.unsqueeze(1))
 
@@ -127,6 +128,9 @@ class FirstStep:
     kl: float
     ratio_error: float
     ratio_limit: float
+
+    def metrics(self) -> dict[str, float]:
+        return {"invariant/first_kl": self.kl, "invariant/first_ratio_error": self.ratio_error}
 
     def check(self) -> None:
         """Raises LabError, which stops the run before its first update."""

@@ -1,4 +1,6 @@
-"""Batched sampling from a causal language model with its log-probabilities. Shapes: B rows, P prompt, C completion, V vocabulary.
+"""Batched sampling from a causal language model, with its log-probabilities.
+
+Shapes: B rows, P prompt tokens, C completion tokens, V vocabulary.
 
 Each row draws from uniforms of its own seed, so what a row says does not depend on its neighbours in the batch.
 """
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.masks import completion_mask, position_ids
 
@@ -27,10 +29,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Samples:
-    """prompt_ids, prompt_mask (B, P), left-padded; completion_ids, completion_mask, logprobs (B, C).
+    """prompt_ids, prompt_mask (B, P), left-padded; completion_ids, completion_mask, logprobs (B, C); ended (B,).
 
     `completion_mask` is True up to and including the EOS; `logprobs` are those of the distribution sampled from,
-    0 where the mask is False.
+    0 where the mask is False; `ended` is True where the EOS was sampled.
     """
 
     prompt_ids: Tensor
@@ -38,6 +40,7 @@ class Samples:
     completion_ids: Tensor
     completion_mask: Tensor
     logprobs: Tensor
+    ended: Tensor
 
     @property
     def ids(self) -> Tensor:
@@ -53,7 +56,7 @@ class Samples:
 class Sampler:
     """Samples from `model`, a plain causal language model (merge adapters into it first, see Roles.twin)."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.eos_id: int | None = tokenizer.eos_token_id
@@ -61,7 +64,8 @@ class Sampler:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token lists -> left-padded (ids, mask), (B, P). An empty prompt starts from EOS, the document boundary."""
@@ -79,8 +83,9 @@ class Sampler:
         completion_ids = torch.stack([ids for ids, _ in steps], 1)
         mask = completion_mask(completion_ids, self.eos_id)
         logprobs = torch.stack([logp for _, logp in steps], 1) * mask
+        ended = (completion_ids == (-1 if self.eos_id is None else self.eos_id)).any(1)
         completion_ids = completion_ids.masked_fill(~mask, self.pad_id)
-        return Samples(prompt_ids, prompt_mask, completion_ids, mask, logprobs)
+        return Samples(prompt_ids, prompt_mask, completion_ids, mask, logprobs, ended)
 
     @torch.no_grad()
     def decode(

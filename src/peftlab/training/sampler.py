@@ -35,7 +35,8 @@ class BucketSampler(Sampler[int]):
             rows = sorted(order[start : start + span], key=lambda row: -self.lengths[row])
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         # A short last batch stays last: the loader cuts the stream of rows into batches again.
-        full, short = [b for b in batches if len(b) == self.batch_size], [b for b in batches if len(b) < self.batch_size]
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        short = [batch for batch in batches if len(batch) < self.batch_size]
         for index in torch.randperm(len(full), generator=generator).tolist():
             yield from full[index]
         for batch in short:

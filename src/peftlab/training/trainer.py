@@ -46,16 +46,14 @@ class LabTrainer(Trainer):
         self.stopper = LabCallback(log, stop_requested)
         self.add_callback(self.stopper)
 
-    def fit(self) -> str | None:
-        """Train to the end or to a stop; returns a note about skipped checkpoints, if any.
+    def fit(self, checkpoint: Path | None) -> None:
+        """Train to the end or to a stop, from the start or from a checkpoint's folder.
 
         Raises Interrupted after a signal (the checkpoint is written), LabError for a loss that is not finite.
         """
-        checkpoint, skipped = self.store.newest_verified()
-        self.train(resume_from_checkpoint=str(_inside(checkpoint.path)) if checkpoint else None)
+        self.train(resume_from_checkpoint=str(_inside(checkpoint)) if checkpoint else None)
         if self.stopper.signum:
             raise Interrupted(self.stopper.signum)
-        return "; ".join(skipped) or None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         return BucketSampler(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
@@ -71,12 +69,15 @@ class LabTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.staging)
         folder.mkdir(parents=True, exist_ok=True)
-        learned = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        save_file(learned, folder / WEIGHTS)
+        save_file({n: p.detach().cpu().contiguous() for n, p in self._learned().items()}, folder / WEIGHTS)
+
+    def _learned(self) -> dict[str, nn.Parameter]:
+        model: Any = self.model
+        return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        learned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        learned = self._learned()
         if saved.keys() != learned.keys():
             raise LabError(f"{resume_from_checkpoint}: holds other parameters than this model trains")
         with torch.no_grad():
@@ -116,7 +117,7 @@ class LabCallback(TrainerCallback):
         found = {ours: float((logs or {})[theirs]) for theirs, ours in names.items() if theirs in (logs or {})}
         for name, value in found.items():
             if not math.isfinite(value):
-                raise LabError(f"step {state.global_step}: {name} is {value}; lower lr, or look at the data of that step")
+                raise LabError(f"step {state.global_step}: {name} is {value}; lower lr, or look at that step's data")
         if found:
             self.write(found, state.global_step)
             self._show(state, found)
