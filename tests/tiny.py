@@ -14,9 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = """
-the a film movie was is good bad great awful i it and but not very plot actor scene fun dull
-""".split()
+WORDS = ["the", "a", "film", "movie", "was", "is", "good", "bad", "great", "awful", "i", "it", "and", "but", "not"]
+WORDS += ["very", "plot", "actor", "scene", "fun", "dull"]
 
 
 def tokenizer() -> Any:

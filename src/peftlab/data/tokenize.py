@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 IGNORED = -100
+# A full stop, or its like, before white space; quotes and brackets may close behind it.
+SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s)""")
 Row = dict[str, list[int]]
 
 
 def document_ids(texts: Sequence[str], tokenizer: Any, limit: int = 0) -> list[list[int]]:
-    """Token ids of whole documents, each ended by EOS; with `limit`, only the first `limit` tokens of longer ones.
+    """Token ids of whole documents, each ended by EOS.
 
-    A cut document gets no EOS: it did not end there.
+    With `limit`, a longer document keeps the whole sentences that fit into `limit` tokens with the EOS; where not
+    even one fits, it is cut and gets no EOS, since nothing ends there.
     """
-    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    ended = [[*row, tokenizer.eos_token_id] for row in rows]
-    return [row[:limit] for row in ended] if limit else ended
+    end: int = tokenizer.eos_token_id
+    if not limit:
+        return [[*row, end] for row in _encode(texts, tokenizer)]
+    rows = []
+    for text, row in zip(texts, _encode([t[: 12 * limit] for t in texts], tokenizer), strict=True):
+        if len(row) < limit:
+            rows.append([*row, end])
+            continue
+        fits = tokenizer.decode(row[: limit - 1], clean_up_tokenization_spaces=False)
+        ends = [m.end() for m in SENTENCE_END.finditer(text, 0, len(fits))]
+        rows.append([*_encode([text[: ends[-1]]], tokenizer)[0][: limit - 1], end] if ends else row[:limit])
+    return rows
+
+
+def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def pack(documents: Iterable[Sequence[int]], length: int) -> list[Row]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -210,11 +211,14 @@ def load_stack(
 def _wrap(model: Any, config: Any, name: str, base: str) -> Any:
     from peft import PeftModel, get_peft_model
 
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, config)
-    else:
-        config.base_model_name_or_path = base
-        model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    config.base_model_name_or_path = None  # peft would warn that ours is not the folder the base was read from
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property by its old name
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    config.base_model_name_or_path = base
     activate(model, name)
     return model.eval()
 

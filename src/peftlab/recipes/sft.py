@@ -32,7 +32,7 @@ class SftConfig(TrainConfig):
     train_limit: int = Field(0, ge=0, description="rows to train on, a seeded sample; 0 = all")
     eval_limit: int = Field(500, ge=0)
     max_length: int = Field(512, ge=8, description="tokens of a packed block, or of a prompt with its completion")
-    document_tokens: int = Field(0, ge=0, description="keep only so many tokens of each text's opening; 0 = all")
+    document_tokens: int = Field(0, ge=0, description="keep the first sentences that fit into so many tokens; 0 = all")
     lora: Lora = Lora(r=64, alpha=128)
 
 
