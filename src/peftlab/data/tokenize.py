@@ -24,11 +24,12 @@ def document_ids(texts: Sequence[str], tokenizer: Any, limit: int = 0) -> list[l
         return [[*row, end] for row in _encode(texts, tokenizer)]
     rows = []
     for text, row in zip(texts, _encode([t[: 12 * limit] for t in texts], tokenizer), strict=True):
-        if len(row) < limit:
+        if len(row) < limit and len(text) <= 12 * limit:
             rows.append([*row, end])
             continue
-        fits = tokenizer.decode(row[: limit - 1], clean_up_tokenization_spaces=False)
-        ends = [m.end() for m in SENTENCE_END.finditer(text, 0, len(fits))]
+        fits = len(tokenizer.decode(row[: limit - 1], clean_up_tokenization_spaces=False))
+        # One character more: the white space behind a sentence that fills the limit exactly.
+        ends = [m.end() for m in SENTENCE_END.finditer(text, 0, fits + 1) if m.end() <= fits]
         rows.append([*_encode([text[: ends[-1]]], tokenizer)[0][: limit - 1], end] if ends else row[:limit])
     return rows
 
