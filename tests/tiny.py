@@ -73,9 +73,12 @@ def spelling_tokenizer(encoder: bool = False) -> Any:
 
 
 def causal_folder(folder: Path, seed: int = 0) -> Path:
-    """A random GPT-2 with its tokenizer as a folder that loads by path: width 32, context 96."""
+    """A random GPT-2 with its tokenizer as a folder that loads by path: width 32, context 96.
+
+    Its embeddings are large: they are frozen, and bound how sure of a token an adapter can make the model.
+    """
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=320, n_positions=96, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2,
+    config = GPT2Config(vocab_size=320, n_positions=96, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
                         bos_token_id=1, eos_token_id=1, pad_token_id=0)
     return _save(GPT2LMHeadModel(config), spelling_tokenizer(), folder)
@@ -111,3 +114,35 @@ def reviews(count: int, seed: int = 0) -> list[dict[str, Any]]:
         words[draw.randrange(len(words))] = draw.choice(["good", "great"] if label else ["bad", "awful"])
         rows.append({"text": " ".join(words), "label": label})
     return rows
+
+
+def workshop(folder: Path) -> dict[str, str]:
+    """What recipes need, by the name of their keys: two base models, and files of texts, labels, pairs and prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labelled = reviews(60)
+    texts = [{"text": row["text"] + " ."} for row in labelled]
+    return {
+        "gpt2": str(causal_folder(folder / "gpt2")),
+        "encoder": str(encoder_folder(folder / "encoder")),
+        "labelled": write_rows(folder / "labelled.jsonl", labelled[:40]),
+        "labelled_test": write_rows(folder / "labelled-test.jsonl", labelled[40:]),
+        "texts": write_rows(folder / "texts.jsonl", texts[:40]),
+        "texts_test": write_rows(folder / "texts-test.jsonl", texts[40:]),
+        "prompts": write_rows(folder / "prompts.jsonl", [{"prompt": row["text"]} for row in labelled[:40]]),
+    }
+
+
+def overrides(shop: Mapping[str, str], verb: str, *pairs: str) -> list[str]:
+    """`key=value` pairs that make `verb` a job of seconds in this workshop; later pairs win."""
+    keys = {
+        "pretrain": ["train_data={texts}", "eval_data={texts_test}", "vocab_size=300", "max_length=64", "width=16",
+                     "layers=1", "heads=2", "batch_size=4", "max_steps=2"],
+        "sft": ["model={gpt2}", "train_data={texts}", "eval_data={texts_test}", "max_length=64", "batch_size=4",
+                "lora.r=4", "lora.alpha=8", "lr=1e-2", "max_steps=2"],
+        "classify": ["model={encoder}", "train_data={labelled}", "eval_data={labelled_test}", "max_length=48",
+                     "batch_size=8", "lora.r=4", "lora.alpha=8", "lr=1e-2", "max_steps=2"],
+        "ppo": ["model={gpt2}", "train_data={prompts}", "eval_data={prompts}", "max_new_tokens=8", "steps=2",
+                "prompts_per_step=8", "minibatch_size=4", "eval_prompts=6", "record_every=1", "lora.r=4",
+                "lora.alpha=8", "lr=1e-2"],
+    }
+    return ["device=cpu", *(pair.format(**shop) for pair in keys[verb]), *pairs]

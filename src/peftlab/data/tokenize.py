@@ -35,6 +35,8 @@ def document_ids(texts: Sequence[str], tokenizer: Any, limit: int = 0) -> list[l
 
 
 def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    if not texts:  # the tokenizer fails on an empty batch
+        return []
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 

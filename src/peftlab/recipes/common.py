@@ -24,7 +24,8 @@ def seed_everything(seed: int) -> None:
 def load_recorded(run: RunDir, spec: str, kind: str, limit: int, seed: int) -> RecordSet:
     """Records with their hash noted in the run; `limit` 0 takes all. A resumed run refuses changed data."""
     data = load_records(spec, kind, limit=limit or None, seed=seed)
-    run.record_data(spec, data.sha256, len(data.records))
+    # With the limit, since one file may serve both training and evaluation, each with rows of its own.
+    run.record_data(f"{spec}, at most {limit} rows" if limit else spec, data.sha256, len(data.records))
     return data
 
 

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from ..config import Config
 from ..data.prompts import openings
-from ..data.sources import RecordSet, load_records
 from ..errors import Interrupted, LabError, UserError
 from ..evaluation.policy import evaluate_side, perplexity_ratio
 from ..models.adapters import Lora, Stack, load_stack, save_adapter
@@ -30,7 +29,7 @@ from ..rl.rollout import FirstStep, PromptBatch, Rollout
 from ..runs.metrics import first_ratio_limit
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
-from .common import resume_point, seed_everything
+from .common import load_recorded, resume_point, seed_everything
 
 RECORDED_ROWS = 4
 NORMALISE_ON = 256
@@ -98,7 +97,10 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         base_hash = roles.frozen_hash()
         run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
 
-        train = _prompts(run, config.train_data, roles.tokenizer, config, config.seed)
+        train = _prompts(run, config.train_data, roles.tokenizer, config)
+        # Loaded before training, so that a judge or data that is not there costs seconds.
+        held_out = _prompts(run, config.eval_data, roles.tokenizer, config, limit=config.eval_prompts)
+        judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
         sampler = Sampler(roles.twin, roles.tokenizer)
         decoding = Decoding(config.max_new_tokens, config.temperature)
         reward = _reward(config)
@@ -139,7 +141,8 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
             raise LabError("the frozen base changed during training; its adapter was not saved")
         folder = run.path / "adapter"
         save_adapter(roles.model, POLICY, folder, _stack(config, under))
-        return _finish(config, run, roles, trainer.first, reason, statistics.median(seconds or [0.0]))
+        step_s = statistics.median(seconds or [0.0])
+        return _finish(config, run, roles, held_out, judge, trainer.first, reason, step_s)
 
 
 def plan(config: PPOConfig) -> dict[str, Any]:
@@ -161,14 +164,13 @@ def plan(config: PPOConfig) -> dict[str, Any]:
 
 
 def _prompts(
-    run: RunDir, spec: str, tokenizer: Any, config: PPOConfig, seed: int, limit: int | None = None
+    run: RunDir, spec: str, tokenizer: Any, config: PPOConfig, limit: int = 0
 ) -> PromptBatch:
     low, high = config.prompt_tokens
     if not 1 <= low <= high:
         raise UserError(f"prompt_tokens: expected 1 <= shortest <= longest, not {low}, {high}")
-    records: RecordSet = load_records(spec, "prompts", limit=limit, seed=seed)
-    run.record_data(spec, records.sha256, len(records.records))
-    token_ids = openings([r.prompt for r in records.records], tokenizer, low, high, seed)
+    records = load_recorded(run, spec, "prompts", limit, config.seed)
+    token_ids = openings([r.prompt for r in records.records], tokenizer, low, high, config.seed)
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in token_ids]
     return PromptBatch(token_ids, texts, records.records)
 
@@ -179,7 +181,8 @@ def _reward(config: PPOConfig) -> Reward:
         if config.reward == config.judge:
             raise UserError(f"judge: {config.judge} is the reward too; an independent judge is another classifier")
         classifier = TextClassifier.load(config.reward, device=config.device)
-        parts.append(RewardPart(config.reward, log_odds(classifier, config.want), normalise=True))
+        name = Path(config.reward).resolve().name  # a metric's name: a folder's path is none
+        parts.append(RewardPart(name, log_odds(classifier, config.want), normalise=True))
     if config.reward_function:
         function = user_function(config.reward_function)
         parts.append(RewardPart(config.reward_function.split(":")[1], function, config.reward_function_weight))
@@ -263,11 +266,16 @@ def _records(rollout: Rollout, tensors: dict[str, torch.Tensor], sampler: Sample
 
 
 def _finish(
-    config: PPOConfig, run: RunDir, roles: Roles, first: FirstStep | None, reason: str | None, step_s: float
+    config: PPOConfig,
+    run: RunDir,
+    roles: Roles,
+    held_out: PromptBatch,
+    judge: TextClassifier,
+    first: FirstStep | None,
+    reason: str | None,
+    step_s: float,
 ) -> dict[str, Any]:
     """Evaluate both sides on held-out prompts by the independent judge, and write samples and summary."""
-    held_out = _prompts(run, config.eval_data, roles.tokenizer, config, config.seed, limit=config.eval_prompts)
-    judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
     label, decoding = SENTIMENTS[config.want], Decoding(config.max_new_tokens)
     sides = {
         name: evaluate_side(

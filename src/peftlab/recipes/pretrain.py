@@ -158,9 +158,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def samples(model: Any, tokenizer: Any) -> list[str]:
     """One sample a prompt, seeds 0, 1, 2, not picked."""
     sampler = Sampler(model.eval(), tokenizer)
-    prompts = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in CARD_PROMPTS]
-    drawn = sampler.sample(prompts, range(len(prompts)), Decoding(max_new_tokens=48))
-    return [p + c for p, c in zip(CARD_PROMPTS, sampler.texts(drawn), strict=True)]
+    context = model.config.n_positions
+    # A small context is shared: half for the prompt at most, the rest for what follows.
+    prompts = [tokenizer(p, add_special_tokens=False)["input_ids"][: context // 2] for p in CARD_PROMPTS]
+    new = min(48, context - max(map(len, prompts)))
+    drawn = sampler.sample(prompts, range(len(prompts)), Decoding(max_new_tokens=new))
+    return [sampler.text(p) + c for p, c in zip(prompts, sampler.texts(drawn), strict=True)]
 
 
 def card(config: PretrainConfig, facts: dict[str, Any], texts: list[str]) -> str:
