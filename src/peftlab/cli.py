@@ -90,7 +90,7 @@ for _verb, _summary in {
 
 @app.command()
 def demo(
-    run: Annotated[str, typer.Option(help="name of the run's folder below runs/")] = "demo",
+    run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a demo that was stopped")] = False,
     as_json: Json = False,
 ) -> None:

@@ -13,4 +13,5 @@ def openings(texts: Sequence[str], tokenizer: Any, low: int, high: int, seed: in
     A text shorter than its draw gives all of it.
     """
     draw = random.Random(seed)
-    return [tokenizer(t[: 40 * high], add_special_tokens=False)["input_ids"][: draw.randint(low, high)] for t in texts]
+    encoded = tokenizer([t[: 40 * high] for t in texts], add_special_tokens=False)["input_ids"]
+    return [ids[: draw.randint(low, high)] for ids in encoded]

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..models.adapters import Lora, Stack, adapter_parameters, attach, save_adapter
 from ..models.backbone import load_backbone
-from ..models.classifier import LABEL_NAMES, classify_texts, pad_right
+from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, pad_right
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, training_arguments
 from ..training.trainer import LabTrainer
@@ -35,6 +35,7 @@ class ClassifyConfig(TrainConfig):
     max_length: int = Field(512, ge=8, description="tokens; longer texts are cut")
     crop: float = Field(0.0, ge=0, le=1, description="share of rows cut to a random opening of 8 to 64 tokens")
     labels: list[str] = LABEL_NAMES
+    compare: str = Field("", description="another classifier, to be measured on the same held-out rows")
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     lora: Lora = Lora()
 
@@ -52,6 +53,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         tokenizer = backbone.tokenizer
         train = load_recorded(run, config.train_data, "classify", config.train_limit, config.seed).records
         held_out = load_recorded(run, config.eval_data, "classify", config.eval_limit, config.seed).records
+        other = TextClassifier.load(config.compare, device=config.device) if config.compare else None
         model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
         require_gradients(adapter_parameters(model, ADAPTER))
         rows = rows_of(train, tokenizer, config)
@@ -76,12 +78,14 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             lambda: run.stop_requested,
         )
         trainer.fit(checkpoint)
-        probabilities = measure()
-        after = classification_metrics(probabilities, labels)
-        run.log(after, trainer.state.global_step)
         if config.save_dtype == "bfloat16":
             _round(model)
-            after = classification_metrics(probabilities := measure(), labels)
+        probabilities = measure()
+        after = classification_metrics(probabilities, labels)
+        if other is not None:
+            guesses = other.logits([r.text for r in held_out]).argmax(-1).numpy()
+            after["compare/accuracy"] = float((guesses == labels).mean())
+        run.log(after, trainer.state.global_step)
         extra = {"recipe": "classify", "labels": config.labels, "max_length": config.max_length}
         stack = Stack("classifier", config.model, backbone.fingerprint, (), extra)
         save_adapter(model, ADAPTER, run.path / "adapter", stack, dtype=config.save_dtype)

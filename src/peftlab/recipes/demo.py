@@ -15,6 +15,7 @@ from ..report import render
 from ..runs.rundir import RunDir
 from ..runs.sanitize import sanitize
 from . import load
+from .launch import free_name
 
 STAGES = ("classify", "sft", "ppo")
 
@@ -26,21 +27,15 @@ class DemoConfig(Config):
     stages: tuple[str, ...] = STAGES
 
 
-def run_demo(root: Path, name: str, *, resume: bool = False, as_json: bool = False) -> dict[str, Any]:
+def run_demo(root: Path, name: str | None = None, *, resume: bool = False, as_json: bool = False) -> dict[str, Any]:
     """Run the stages in order, each in its own run folder below `root/name`; then table, samples, report."""
+    name = name or free_name(root, "demo", resume)
     run = RunDir.create(root, name, "demo", to_toml(DemoConfig()), resume=resume)
     console = Console(stderr=as_json)
     with run.session():
-        stages: dict[str, Any] = {}
-        for stage in STAGES:
-            console.rule(stage)
-            stages[stage] = _stage(stage, root, name, resume)
-        headline = {key: stages["ppo"][key] for key in ("metrics", "baseline", "intervals")}
-        summary = run.finish(
-            headline["metrics"], headline["baseline"], headline["intervals"],
-            {"report": "report.html", "adapter": "ppo/adapter"}, stages=stages,
-        )
-    report = render(run.path)
+        summary = run.summary if run.finished else _run_stages(run, console, root, resume)
+    assert summary is not None
+    stages, report = summary["stages"], render(run.path)
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
@@ -49,6 +44,16 @@ def run_demo(root: Path, name: str, *, resume: bool = False, as_json: bool = Fal
         console.print(f"\n{summary['time']['wall_s']:.0f} s. Report: {report}", highlight=False, soft_wrap=True)
         console.print(f"Talk to it: peftlab chat {root / name / 'ppo' / 'adapter'}", highlight=False, soft_wrap=True)
     return summary
+
+
+def _run_stages(run: RunDir, console: Console, root: Path, resume: bool) -> dict[str, Any]:
+    stages: dict[str, Any] = {}
+    for stage in STAGES:
+        console.rule(stage)
+        stages[stage] = _stage(stage, root, run.name, resume)
+    ppo = stages["ppo"]
+    artifacts = {"report": "report.html", "adapter": "ppo/adapter"}
+    return run.finish(ppo["metrics"], ppo["baseline"], ppo["intervals"], artifacts, stages=stages)
 
 
 def _stage(stage: str, root: Path, name: str, resume: bool) -> dict[str, Any]:
@@ -70,6 +75,7 @@ def outcome(stages: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column in ("stage", "figure") else "right")
     lines = [
         ("classify", classify, "eval/accuracy", "accuracy on unseen reviews"),
+        ("", classify, "compare/accuracy", "the same for the bundled imdb-sentiment"),
         ("sft", sft, "eval/perplexity", "perplexity of unseen openings"),
         ("ppo", ppo, "eval/judge", "p(wanted sentiment), independent judge"),
         ("", ppo, "eval/kl", "KL to the SFT model, nats a completion"),

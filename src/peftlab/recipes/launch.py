@@ -16,7 +16,7 @@ def launch(
 ) -> dict[str, Any]:
     """Resolve the config, open the run folder, train, render the report. Returns the summary."""
     config, default = _resolve(verb, source, overrides)
-    return start(verb, config, root, name or _free(root, default, resume), resume)
+    return start(verb, config, root, name or free_name(root, default, resume), resume)
 
 
 def start(verb: str, config: Config, root: Path, name: str, resume: bool = False) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Confi
     return load_config(module.CONFIG, source, overrides), Path(source).stem if source else verb
 
 
-def _free(root: Path, name: str, resume: bool) -> str:
+def free_name(root: Path, name: str, resume: bool) -> str:
     """`name`, or the first of name-2, name-3 ... that is not taken; a resume continues the last taken one."""
     names = [name, *(f"{name}-{n}" for n in range(2, 1000))]
     taken = [n for n in names if (root / n / "config.toml").exists()]

@@ -62,6 +62,11 @@ _REGISTRY = [
         better="higher",
     ),
     Metric(
+        "compare/accuracy",
+        "Accuracy on the same rows of the classifier that the key `compare` names, for comparison.",
+        better="higher",
+    ),
+    Metric(
         "eval/f1",
         "Unweighted mean over labels of F1 = 2PR / (P + R), P and R taken over the held-out rows.",
         better="higher",

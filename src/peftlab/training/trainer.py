@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import Interrupted, LabError
 from ..runs.checkpoint import CheckpointStore
@@ -51,7 +52,13 @@ class LabTrainer(Trainer):
 
         Raises Interrupted after a signal (the checkpoint is written), LabError for a loss that is not finite.
         """
-        self.train(resume_from_checkpoint=str(_inside(checkpoint)) if checkpoint else None)
+        folder = str(_inside(checkpoint)) if checkpoint else None
+        state = TrainerState.load_from_json(f"{folder}/{TRAINER_STATE_NAME}") if folder else self.state
+        if folder and state.global_step >= self.args.max_steps:  # Trainer would make one step more
+            self._load_from_checkpoint(folder)
+            self.state = state
+            return
+        self.train(resume_from_checkpoint=folder)
         if self.stopper.signum:
             raise Interrupted(self.stopper.signum)
 
