@@ -33,11 +33,8 @@ def praise(prompts, completions, records):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two threads that wait for each other take many times longer on tensors this small, where others compute too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with tiny.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

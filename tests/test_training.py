@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -24,6 +25,12 @@ SENTENCES = st.lists(
     min_size=1,
     max_size=6,
 ).map(lambda parts: " ".join(" ".join(words) + stop for words, stop in parts))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with tiny.one_thread():
+        yield
 
 
 def documents_of(lengths: list[int]) -> list[list[int]]:

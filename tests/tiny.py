@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from transformers import (
 
 WORDS = ["the", "a", "film", "movie", "was", "is", "good", "bad", "great", "awful", "i", "it", "and", "but", "not"]
 WORDS += ["very", "plot", "actor", "scene", "fun", "dull"]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for each other take many times longer on tensors this small, where others compute too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tokenizer() -> Any:
