@@ -17,12 +17,16 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Text:
+    """A document, for SFT and perplexity."""
+
     id: str
     text: str
 
 
 @dataclass(frozen=True)
 class LabelledText:
+    """A document with its class, counted from 0."""
+
     id: str
     text: str
     label: int
@@ -30,6 +34,8 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class PromptCompletion:
+    """What is given, and what is learned."""
+
     id: str
     prompt: str
     completion: str
@@ -45,12 +51,16 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
+    """Turns that end with the assistant's."""
+
     id: str
     messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True)
 class SummaryPair:
+    """A document and its summary."""
+
     id: str
     document: str
     summary: str
@@ -58,6 +68,8 @@ class SummaryPair:
 
 @dataclass(frozen=True)
 class PreferencePair:
+    """Two answers to a prompt, one of them better."""
+
     id: str
     prompt: str
     chosen: str

