@@ -29,6 +29,8 @@ def praise(prompts, completions, records):
     """The share of letters e, and how short the answer is."""
     return {"e": [c.count("e") / 8 for c in completions], "short": [-len(c) / 40 for c in completions]}
 '''
+ANSWERS = ["good", "bad", "very dull", "great fun", "awful plot", "not a film", "was it", "the scene"]
+PAIRS = [{"prompt": f"case w{i} :", "completion": f" {answer}"} for i, answer in enumerate(ANSWERS)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +47,7 @@ def shop(tmp_path_factory) -> dict[str, str]:
     for name, seed in (("reward", 1), ("judge", 2)):
         run_of(shop, "classify", name, f"seed={seed}")
         shop[name] = str(root / "runs" / name)
+    shop["pairs"] = tiny.write_rows(root / "pairs.jsonl", PAIRS)
     (root / "my_rewards.py").write_text(REWARD)
     return shop
 
@@ -115,15 +118,13 @@ def test_sft_moves_its_adapter_and_not_one_bit_of_the_base(shop, monkeypatch):
 
 def test_sft_learns_eight_answers_by_heart(shop):
     """Mean loss near nothing on the pairs, and the greedy answers are the completions to the letter, ended by EOS."""
-    answers = ["good", "bad", "very dull", "great fun", "awful plot", "not a film", "was it", "the scene"]
-    pairs = [{"prompt": f"case w{i} :", "completion": f" {answer}"} for i, answer in enumerate(answers)]
-    data = tiny.write_rows(Path(shop["root"]) / "pairs.jsonl", pairs)
-    folder = run_of(shop, "sft", "by-heart", f"train_data={data}", f"eval_data={data}", "max_steps=120",
+    data = [pair.format(**shop) for pair in ("train_data={pairs}", "eval_data={pairs}")]
+    folder = run_of(shop, "sft", "by-heart", *data, "max_steps=120",
                     "batch_size=8", "lr=3e-3", "lora.r=16", "lora.alpha=32")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["baseline"]["eval/perplexity"] > 20
     assert summary["metrics"]["eval/perplexity"] < 1.05
-    for pair in pairs:
+    for pair in PAIRS:
         (row,) = generate_texts(str(folder), pair["prompt"], 1, 20, 0.0, 1.0, 0, "cpu")
         assert row["text"] == pair["completion"]
 
@@ -277,7 +278,10 @@ def test_the_adapter_of_ppo_carries_the_one_under_it(shop, steered):
     ("sft", "max_length=97", "context"),
     ("sft", "model={judge}", "classifier"),
     ("sft", "model={encoder}", "encoder"),
+    ("pretrain", "train_data={pairs}", "rows of `text`"),
     ("classify", 'labels=["only"]', "label"),
+    ("classify", "max_length=65", "context"),
+    ("ppo", "max_new_tokens=89", "context"),
     ("ppo", "model={judge}", "classifier"),
     ("ppo", "judge={reward}", "judge"),
     ("ppo", "reward=", "nothing to optimise"),

@@ -12,7 +12,7 @@ from pydantic import Field
 from ..errors import UserError
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..models.adapters import Lora, Stack, adapter_parameters, attach, save_adapter
-from ..models.backbone import load_backbone
+from ..models.backbone import Backbone, load_backbone
 from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, pad_right
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, training_arguments
@@ -49,7 +49,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         if run.finished:
             return run.summary or {}
         seed_everything(config.seed)
-        backbone = load_backbone(config.model, "classifier", device=config.device, num_labels=len(config.labels))
+        backbone = _base(config, config.device)
         tokenizer = backbone.tokenizer
         train = load_recorded(run, config.train_data, "classify", config.train_limit, config.seed).records
         held_out = load_recorded(run, config.eval_data, "classify", config.eval_limit, config.seed).records
@@ -96,7 +96,7 @@ def plan(config: ClassifyConfig) -> dict[str, Any]:
     """Sizes of the job, nothing trained."""
     from ..data.sources import load_records
 
-    backbone = load_backbone(config.model, "classifier", device="cpu", num_labels=len(config.labels))
+    backbone = _base(config, "cpu")
     records = load_records(config.train_data, "classify", config.train_limit or None, config.seed).records
     model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
     require_gradients(adapter_parameters(model, ADAPTER))
@@ -107,6 +107,14 @@ def plan(config: ClassifyConfig) -> dict[str, Any]:
         "steps": config.max_steps or int(config.epochs * -(-len(rows) // config.batch_size)),
         "trained parameters": trained_parameters(model),
     }
+
+
+def _base(config: ClassifyConfig, device: str) -> Backbone:
+    backbone = load_backbone(config.model, "classifier", device=device, num_labels=len(config.labels))
+    context = getattr(backbone.model.config, "max_position_embeddings", config.max_length)
+    if config.max_length > context:
+        raise UserError(f"max_length: {config.max_length} exceeds the context of {config.model}, {context} tokens")
+    return backbone
 
 
 def rows_of(records: list[Any], tokenizer: Any, config: ClassifyConfig) -> list[dict[str, Any]]:

@@ -93,6 +93,12 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         backbone, under = load_stack(config.model, device=config.device, dtype=config.dtype)
         if under.kind != "causal":
             raise UserError(f"model {config.model}: a {under.kind}; ppo needs a causal language model or its adapter")
+        context = backbone.model.config.max_position_embeddings
+        if config.prompt_tokens[1] + config.max_new_tokens > context:
+            raise UserError(
+                f"max_new_tokens: prompts of up to {config.prompt_tokens[1]} tokens and {config.max_new_tokens} new "
+                f"ones exceed the context of {config.model}, {context} tokens"
+            )
         roles = Roles(backbone, config.lora, config.critic)
         base_hash = roles.frozen_hash()
         run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})

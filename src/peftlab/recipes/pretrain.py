@@ -12,7 +12,10 @@ import torch
 from pydantic import Field
 
 from ..data.collate import collate_language
+from ..data.records import Text
+from ..data.sources import RecordSet, load_records
 from ..data.tokenize import document_ids, pack
+from ..errors import UserError
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
@@ -50,8 +53,8 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
         if run.finished:
             return run.summary or {}
         seed_everything(config.seed)
-        train = [r.text for r in load_recorded(run, config.train_data, "sft", config.train_limit, config.seed).records]
-        test = [r.text for r in load_recorded(run, config.eval_data, "sft", config.eval_limit, config.seed).records]
+        train = _texts(load_recorded(run, config.train_data, "sft", config.train_limit, config.seed))
+        test = _texts(load_recorded(run, config.eval_data, "sft", config.eval_limit, config.seed))
         tokenizer = train_tokenizer(train, config)
         rows = pack(document_ids(train, tokenizer), config.max_length)
         held_out = pack(document_ids(test, tokenizer), config.max_length)
@@ -92,9 +95,7 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
 
 def plan(config: PretrainConfig) -> dict[str, Any]:
     """Sizes of the job; the tokenizer is not trained, so tokens are estimated at 4.6 characters each."""
-    from ..data.sources import load_records
-
-    texts = [r.text for r in load_records(config.train_data, "sft", config.train_limit or None, config.seed).records]
+    texts = _texts(load_records(config.train_data, "sft", config.train_limit or None, config.seed))
     width, layers = config.width, config.layers
     embeddings, layer = (config.vocab_size + config.max_length) * width, (12 * width + 13) * width
     parameters = embeddings + layers * layer + 2 * width
@@ -102,6 +103,13 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     rows = -(-tokens // config.max_length)
     steps = config.max_steps or int(config.epochs * -(-rows // config.batch_size))
     return {"rows": len(texts), "tokens (estimate)": tokens, "parameters": parameters, "steps (estimate)": steps}
+
+
+def _texts(data: RecordSet) -> list[str]:
+    texts = [r.text for r in data.records if isinstance(r, Text)]
+    if len(texts) < len(data.records):
+        raise UserError(f"data {data.name}: pretrain takes rows of `text`; sft learns from prompts with completions")
+    return texts
 
 
 def train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
