@@ -25,7 +25,7 @@ from .checkpoint import CheckpointStore
 from .lock import LOCK, locked
 from .metrics import metric
 from .signals import StopSignals
-from .summary import find_run, list_runs, read_environment, read_summary
+from .summary import find_run, list_runs, outcome, read_environment, read_summary
 
 __all__ = ["RunDir", "check_name", "find_run", "list_runs", "read_summary"]
 
@@ -89,8 +89,9 @@ class RunDir:
 
         `name` is "run" or "demo/stage"; `config_toml` the resolved configuration; `environment` what the
         recipe adds to environment.json (device, dtype, model and its hash). UserError where the folder holds
-        another run, where there is nothing to resume, or where recipe or configuration differ from the run to
-        resume. A stage of a resumed demo that was not reached yet starts fresh.
+        another run (but one that failed before its first figure is replaced), where there is nothing to
+        resume, or where recipe or configuration differ from the run to resume. A stage of a resumed demo that
+        was not reached yet starts fresh.
         """
         parts = name.split("/")
         if len(parts) > 2:
@@ -112,7 +113,7 @@ class RunDir:
                 cls._check_same(path, name, recipe, config_toml)
             else:
                 cls._begin(path, name, recipe, config_toml, environment or {})
-            return cls(path, name, recipe, resumed=begun)
+            return cls(path, name, recipe, resumed=begun and resume)
 
     @staticmethod
     def _check_same(path: Path, name: str, recipe: str, config_toml: str) -> None:
@@ -131,6 +132,8 @@ class RunDir:
         # A run counts as begun once config.toml, written last, is there; what a kill left before that is ours
         # to replace.
         ours = {LOCK, "environment.json"}
+        if outcome(path)["status"] == "failed":  # before its first figure: once mended, the same command may run
+            ours |= {"config.toml", "events.jsonl", "summary.json", "report.html"}
         if any(entry.name not in ours and ".tmp-" not in entry.name for entry in path.iterdir()):
             raise UserError(
                 f"run folder {path} is not empty; --resume continues that run, another --run starts anew"
