@@ -51,19 +51,21 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         seed_everything(config.seed)
         backbone = _base(config, config.device)
         tokenizer = backbone.tokenizer
-        train = load_recorded(run, config.train_data, "classify", config.train_limit, config.seed).records
-        held_out = load_recorded(run, config.eval_data, "classify", config.eval_limit, config.seed).records
+        labels = None if config.labels == LABEL_NAMES else config.labels  # None also takes neg, pos, 0 and 1
+        seed = config.seed
+        train = load_recorded(run, config.train_data, "classify", config.train_limit, seed, labels).records
+        held_out = load_recorded(run, config.eval_data, "classify", config.eval_limit, seed, labels).records
         other = TextClassifier.load(config.compare, device=config.device) if config.compare else None
         model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
         require_gradients(adapter_parameters(model, ADAPTER))
         rows = rows_of(train, tokenizer, config)
-        labels = np.array([record.label for record in held_out])
+        truth = np.array([record.label for record in held_out])
 
         def measure() -> np.ndarray:
             logits = classify_texts(model, tokenizer, [r.text for r in held_out], config.max_length)
             return np.asarray(logits.double().softmax(-1))
 
-        before = classification_metrics(measure(), labels)
+        before = classification_metrics(measure(), truth)
         checkpoint = resume_point(run)
         if checkpoint is None:
             run.log(before | {"data/rows": len(rows)}, 0)
@@ -81,15 +83,15 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         if config.save_dtype == "bfloat16":
             _round(model)
         probabilities = measure()
-        after = classification_metrics(probabilities, labels)
+        after = classification_metrics(probabilities, truth)
         if other is not None:
             guesses = other.logits([r.text for r in held_out]).argmax(-1).numpy()
-            after["compare/accuracy"] = float((guesses == labels).mean())
+            after["compare/accuracy"] = float((guesses == truth).mean())
         run.log(after, trainer.state.global_step)
         extra = {"recipe": "classify", "labels": config.labels, "max_length": config.max_length}
         stack = Stack("classifier", config.model, backbone.fingerprint, (), extra)
         save_adapter(model, ADAPTER, run.path / "adapter", stack, dtype=config.save_dtype)
-        return run.finish(after, before, classification_intervals(probabilities, labels), {"adapter": "adapter"})
+        return run.finish(after, before, classification_intervals(probabilities, truth), {"adapter": "adapter"})
 
 
 def plan(config: ClassifyConfig) -> dict[str, Any]:

@@ -21,9 +21,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def load_recorded(run: RunDir, spec: str, kind: str, limit: int, seed: int) -> RecordSet:
+def load_recorded(
+    run: RunDir, spec: str, kind: str, limit: int, seed: int, labels: list[str] | None = None
+) -> RecordSet:
     """Records with their hash noted in the run; `limit` 0 takes all. A resumed run refuses changed data."""
-    data = load_records(spec, kind, limit=limit or None, seed=seed)
+    data = load_records(spec, kind, limit=limit or None, seed=seed, labels=labels)
     # With the limit, since one file may serve both training and evaluation, each with rows of its own.
     run.record_data(f"{spec}, at most {limit} rows" if limit else spec, data.sha256, len(data.records))
     return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,9 @@ from ..errors import LabError, UserError
 
 # (prompts, completions, records) -> one number per completion, or {part name: numbers}.
 RewardFunction = Callable[[Sequence[str], Sequence[str], Sequence[Any]], Any]
+
+
+PART_NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")  # it becomes a metric's name
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Reward:
         named = given if isinstance(given, Mapping) else {part.name: given}
         result = {}
         for name, numbers in named.items():
+            if not PART_NAME.match(str(name)):
+                raise LabError(f"reward part {name!r}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
             try:
                 values = torch.as_tensor(numbers, dtype=torch.float32).cpu()
             except (TypeError, ValueError, RuntimeError) as error:
