@@ -19,9 +19,9 @@ SHIPPED = Path(__file__).parent / "configs"
 
 
 class Config(BaseModel):
-    """Base of every config: immutable, and unknown keys are errors."""
+    """Base of every config: immutable; unknown keys, NaN and infinity are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def with_(self, **changes: Any) -> Self:
         """A validated copy with some keys changed; a dict value changes a table key by key."""

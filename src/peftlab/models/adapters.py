@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import Config
@@ -31,9 +32,9 @@ Kind = Literal["causal", "classifier"]
 class Lora(Config):
     """Low-rank adaptation, W + (alpha / r) B A (Hu et al. 2021), on the named linear layers."""
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = "all-linear"
 
 
@@ -63,7 +64,10 @@ def attach(model: nn.Module, lora: Lora, name: str, kind: Kind = "causal", base:
     from peft import LoraConfig, PeftModel, TaskType
 
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    targets = linear_names(plain) if lora.targets == "all-linear" else lora.targets
+    linear = linear_names(plain)
+    targets = linear if lora.targets == "all-linear" else lora.targets
+    if not targets or not set(targets) <= set(linear):
+        raise UserError(f"lora.targets: {targets}: give all-linear, or some of this model's {', '.join(linear)}")
     heads = [n for n, _ in plain.named_children() if n in ("classifier", "pre_classifier", "score")]
     config = LoraConfig(
         r=lora.r,

@@ -39,8 +39,12 @@ def pick_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"device: unknown device {device!r}; use auto, cpu, cuda, cuda:0 or mps") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: {device} was asked for, but torch sees no GPU; use device=auto or device=cpu")
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device: {device!r} is none of this lab's; use auto, cpu, cuda, cuda:0 or mps")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[chosen.type]
+    if (chosen.index or 0) >= there:
+        found = f"{there} of that kind" if there else "no GPU"
+        raise UserError(f"device: {device} was asked for, but torch sees {found}; use device=auto or device=cpu")
     return chosen
 
 

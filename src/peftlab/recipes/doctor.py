@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..models.adapters import Lora, load_stack
 from ..models.backbone import causal_logits
 from ..models.roles import POLICY, Roles
@@ -33,6 +34,8 @@ class Check:
 def run_doctor(stack_name: str = "tiny-gpt2", device: str = "auto") -> dict[str, Any]:
     """Environment, and the checks of a stack with a fresh LoRA policy on it."""
     backbone, stack = load_stack(stack_name, device=device)
+    if stack.kind != "causal":
+        raise UserError(f"{stack_name}: is a {stack.kind}; doctor checks causal language models and their adapters")
     roles = Roles(backbone, Lora(r=4, alpha=8))
     tiny = stack.base == "tiny-gpt2" and roles.device.type == "cpu"
     limit = first_ratio_limit("fp32", tiny_on_cpu=tiny)

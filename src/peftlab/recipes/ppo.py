@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ..config import Config
 from ..data.prompts import openings
+from ..data.sources import load_records
 from ..errors import Interrupted, LabError, UserError
 from ..evaluation.policy import evaluate_side, perplexity_ratio
 from ..models.adapters import Lora, Stack, load_stack, save_adapter
@@ -59,23 +60,23 @@ class PPOConfig(Config):
     warmup_steps: int = Field(5, ge=0)
     critic: Literal["shared", "adapter"] = "shared"
     critic_warmup: int = Field(0, ge=0, description="first steps that train the critic alone")
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_coef: float = 0.1
-    max_grad_norm: float = 1.0
+    gamma: float = Field(1.0, ge=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    clip: float = Field(0.2, gt=0)
+    value_clip: float = Field(0.2, gt=0)
+    value_coef: float = Field(0.1, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
     whiten_rewards: bool = False
     eos_penalty: float = 0.0
     epoch_kl_stop: float = Field(0.02, description="nats a token from the sampling policy at which a step's epochs end")
-    kl_coef: float = 0.1
+    kl_coef: float = Field(0.1, ge=0)
     kl_target: float = Field(0.0, ge=0, description="nats a completion that an adaptive coefficient aims at; 0 = fixed")
     kl_horizon: float = Field(10_000, gt=0, description="completions over which the coefficient adapts")
     kl_stop: float = Field(0.0, ge=0, description="nats a completion at which the run ends; 0 = never")
     eval_prompts: int = Field(256, ge=1)
     save_every: int = Field(20, ge=1)
     record_every: int = Field(10, ge=1, description="steps between recorded rollouts")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: Lora = Lora()
@@ -155,6 +156,7 @@ def plan(config: PPOConfig) -> dict[str, Any]:
     """What `--dry-run` prints: sizes of the job, nothing trained."""
     backbone, under = load_stack(config.model, device="cpu")
     roles = Roles(backbone, config.lora, config.critic)
+    prompts = load_records(config.train_data, "prompts", seed=config.seed).records
     rollouts = config.steps * config.prompts_per_step
     vocabulary = backbone.model.config.vocab_size
     logits = config.minibatch_size * config.max_new_tokens * vocabulary * 4
@@ -163,6 +165,7 @@ def plan(config: PPOConfig) -> dict[str, Any]:
         "device": str(pick_device(config.device)),
         "bytes": roles.bytes_per_role(),
         "trained parameters": sum(p.numel() for p in (roles.policy_parameters() | roles.critic_parameters()).values()),
+        "prompts": len(prompts),
         "rollouts": rollouts,
         "tokens sampled": rollouts * config.max_new_tokens,
         "bytes of one minibatch's logits": logits,

@@ -19,6 +19,8 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
     """Write one row per input row, in order; without `output`, rows go to standard output as JSON lines."""
     if (text is None) == (source is None):
         raise UserError("predict: give either --text or --input")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
     rows = [{"id": 0, "text": text}] if text is not None else _read(source)  # type: ignore[arg-type]
     entry = resolve(adapter)
     classifies = entry.kind == "adapter" and read_stack(Path(entry.path)).kind == "classifier"

@@ -6,10 +6,10 @@ import json
 import platform
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..data.collate import collate_language
 from ..data.records import Text
@@ -42,6 +42,12 @@ class PretrainConfig(TrainConfig):
     layers: int = Field(6, ge=1)
     heads: int = Field(11, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads: {self.heads} heads do not share a width of {self.width} evenly")
+        return self
 
 
 CONFIG = PretrainConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def generate_texts(
     stack: str, prompt: str, count: int, max_new_tokens: int, temperature: float, top_p: float, seed: int, device: str
 ) -> list[dict[str, Any]]:
     """`count` completions of one prompt, each from its own seed."""
+    for option, value, fits, wanted in (
+        ("--count", count, count >= 1, "1 or more"),
+        ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("--temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
+        ("--top-p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
+        ("--seed", seed, 0 <= seed < 2**32, "from 0 to 4294967295"),
+    ):
+        if not fits:
+            raise UserError(f"{option} {value}: give {wanted}")
     sampler = load_sampler(stack, device)
     ids = sampler.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     context = sampler.model.config.max_position_embeddings

@@ -15,7 +15,7 @@ from ..models.backbone import pick_device
 class TrainConfig(Config):
     """Keys that every supervised recipe has. Steps are optimizer steps; `save_every` 0 saves only at the end."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the matmuls; auto: bfloat16 on CUDA")
     lr: float = Field(5e-4, gt=0)
