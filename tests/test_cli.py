@@ -1,0 +1,270 @@
+"""The command line's contracts: what is instant, what is listed, what JSON holds, what a row of output answers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import fake_runs
+import pytest
+import tiny
+import typer
+from commands import peftlab
+
+from peftlab import cli
+from peftlab.config import shipped_configs
+from peftlab.errors import Interrupted, LabError, UserError
+from peftlab.models.catalog import CONVERTED, known_names
+from peftlab.recipes import RECIPES
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUP = typer.main.get_command(cli.app)
+VERBS = [*GROUP.commands, "data check"]
+HEAVY = {"torch", "transformers", "datasets", "peft", "pandas", "pyarrow"}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> dict[str, str]:
+    return tiny.workshop(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def told(line: str, **names: str) -> str:
+    """What a command that does its job prints."""
+    outcome = peftlab(line, **names)
+    assert outcome.code == 0, outcome
+    return outcome.out
+
+
+def test_help_names_every_verb_and_every_verb_has_help():
+    everything = told("--help")
+    for verb in GROUP.commands:
+        assert f" {verb} " in everything
+    for verb in VERBS:
+        text = " ".join(told(f"{verb} --help").split())
+        assert f"peftlab {verb} " in text and "--help" in text
+    assert set(RECIPES) <= set(GROUP.commands)
+    for verb in RECIPES:
+        assert all(option in told(f"{verb} --help") for option in ("--run", "--resume", "--dry-run", "--json"))
+
+
+@pytest.mark.parametrize("line", ["--help", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"])
+def test_what_needs_no_model_loads_no_library(line, place):
+    tiny.write_rows(place / "rows.jsonl", tiny.reviews(4))
+    code = (
+        "import sys; from peftlab import cli\n"
+        f"sys.argv = {['peftlab', *line.split()]}\n"
+        "try: cli.main()\nexcept SystemExit as end: code = end.code\n"
+        f"print(code, *sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "0\n"
+
+
+def test_data_check_names_each_bad_row_by_line_and_counts(place):
+    rows = ['\ufeff{"text": "good", "label": "pos"}', '{"text": " ", "label": 1}', "", '{"text": "x", "label": 2}']
+    rows += ["{", '{"label": 0}', '{"text": "y", "label": 0}']
+    (place / "my rows.jsonl").write_bytes("\r\n".join(rows).encode())
+    outcome = peftlab("data check './my rows.jsonl' --for classify")
+    lines = outcome.out.splitlines()
+    assert (outcome.code, outcome.err, lines[-1]) == (2, "", "6 rows, 4 bad")
+    assert [line.split(": ")[0] for line in lines[:-1]] == [f"./my rows.jsonl:{n}" for n in (2, 4, 5, 6)]
+    assert all(len(line.split(": ", 1)[1]) > 5 for line in lines[:-1])
+    Path("good.jsonl").write_text("\n".join(rows[:1] + rows[-1:]))
+    assert told("data check good.jsonl --for classify") == "2 rows, 0 bad\n"
+
+
+def test_data_check_does_not_wrap_long_lines(place):
+    Path("r.jsonl").write_text(json.dumps({"text": 1, **{f"a long field {i}": 1 for i in range(40)}}) + "\n")
+    outcome = peftlab("data check r.jsonl --for prompts")
+    assert len(outcome.out.splitlines()) == 2
+
+
+def test_configs_lists_all_and_shows_one():
+    listed = told("configs").splitlines()
+    assert [line.split()[0] for line in listed] == list(shipped_configs())
+    assert all(len(line.split()) > 3 for line in listed), "each says what it is for"
+    for name, path in shipped_configs().items():
+        assert told(f"configs {name}") == path.read_text()
+
+
+def test_runs_of_an_empty_place(place):
+    assert told("runs") == "(none)\n"
+    assert json.loads(told("runs --json")) == []
+    assert list(place.iterdir()) == []
+
+
+def test_runs_and_report_of_runs(place):
+    fake_runs.demo_run(place / "runs")
+    fake_runs.sft_run(place / "runs", "mine")
+    rows = json.loads(told("runs --json"))
+    assert [row["run"] for row in rows] == ["demo", "demo/classify", "demo/sft", "demo/ppo", "mine"]
+    assert {row["status"] for row in rows} == {"done"}
+    assert rows[-1].keys() == {"run", "recipe", "status", "started", "reason", "seconds"}
+    header, *table = told("runs").splitlines()
+    assert header.split() == list(rows[0])
+    assert [line.split()[:3] for line in table] == [[row["run"], row["recipe"], row["status"]] for row in rows]
+    assert "<svg" in Path(told("report mine").strip()).read_text()
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_a_dry_run_prints_config_and_sizes_and_leaves_nothing(verb, shop, place):
+    judges = ["reward=imdb-sentiment", "judge=imdb-judge"] if verb == "ppo" else []
+    line = " ".join([verb, "--dry-run", "--json", *tiny.overrides(shop, verb, *judges, "seed=3")])
+    plan = json.loads(told(line))
+    assert (plan["config"]["recipe"], plan["config"]["seed"]) == (verb, 3)
+    assert any("tokens" in key for key in plan)
+    assert all(value for key, value in plan.items()), "no size is nothing"
+    assert told(line.replace("--json", "")).startswith("config")
+    assert list(place.iterdir()) == []
+
+
+def test_an_override_may_come_first_and_a_shipped_name_may_take_overrides(shop):
+    pairs = [f"model={shop['gpt2']}", f"train_data={shop['texts']}", "max_length=64"]
+    plan = json.loads(told(" ".join(["sft", *pairs, "--dry-run --json"])))
+    assert plan["config"]["max_length"] == 64
+    named = json.loads(told(" ".join(["sft", "sft-tiny", *pairs, "--dry-run --json"])))
+    assert named["config"]["max_length"] == 64
+
+
+def test_doctor_finds_tiny_gpt2_fit():
+    findings = json.loads(told("doctor --json --device cpu"))
+    assert findings.keys() == {"schema_version", "environment", "checks"} and findings["schema_version"] == 1
+    checks = {check["name"]: check for check in findings["checks"]}
+    assert len(checks) == len(findings["checks"]) >= 8
+    for check in checks.values():
+        assert check.keys() == {"name", "value", "limit", "ok", "detail"}
+        assert check["ok"] is True and math.isfinite(check["value"]) and check["detail"], check
+    assert (checks["invariant/first_kl"]["value"], checks["invariant/first_ratio_error"]["limit"]) == (0.0, 1e-5)
+    assert findings["environment"]["device"] == "cpu" and findings["environment"]["bytes_per_role"]
+
+
+def test_doctor_fails_where_a_check_fails(shop, monkeypatch):
+    from peftlab.models.roles import Roles
+
+    hashes = iter("ABCD")
+    monkeypatch.setattr(Roles, "frozen_hash", lambda self: next(hashes))
+    outcome = peftlab("doctor {gpt2} --json --device cpu", **shop)
+    failed = [check["name"] for check in json.loads(outcome.out)["checks"] if not check["ok"]]
+    assert (outcome.code, failed) == (1, ["training/base_changed"])
+    assert "NO" in peftlab("doctor {gpt2} --device cpu", **shop).out
+
+
+def test_models_lists_what_loads_offline():
+    rows = json.loads(told("models --json"))
+    assert [row["name"] for row in rows] == known_names()
+    assert set(CONVERTED) < {row["name"] for row in rows}
+    assert all(row["size"] > 1000 and row["licence"] and row["kind"] for row in rows)
+    assert len(told("models").splitlines()) == len(rows) + 1
+
+
+def test_predict_answers_each_row_in_order_under_its_id(place):
+    texts = ["A wonderful, moving film. I loved it.", "Awful. The worst film I ever saw, dull and stupid."]
+    rows = [{"id": "last", "text": texts[0] * 9}, {"text": texts[1]}, {"id": 7, "text": texts[0]}, {"prompt": texts[1]}]
+    tiny.write_rows(place / "in.jsonl", rows)
+    told("predict imdb-sentiment --input in.jsonl --output out.jsonl --device cpu")
+    answers = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == ["last", 1, 7, 3]
+    assert [answer["label_name"] for answer in answers] == ["positive", "negative", "positive", "negative"]
+    for answer in answers:
+        assert answer.keys() == {"id", "label", "label_name", "probabilities"}
+        assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert answer["label"] == answer["probabilities"].index(max(answer["probabilities"]))
+    alone = json.loads(told(f"predict imdb-sentiment --device cpu --text '{texts[1]}'"))
+    assert alone["id"] == 0
+    assert alone["probabilities"] == pytest.approx(answers[1]["probabilities"], abs=1e-5)
+    printed = told("predict imdb-sentiment --input in.jsonl --device cpu")
+    assert [json.loads(line) for line in printed.splitlines()] == answers
+
+
+def test_predict_of_a_text_model_continues_each_row(place, shop):
+    tiny.write_rows(place / "in.jsonl", [{"text": "the film"}, {"id": "x", "prompt": "a plot " * 90}])
+    answers = [json.loads(line) for line in told("predict {gpt2} --input in.jsonl", **shop).splitlines()]
+    assert [answer["id"] for answer in answers] == [0, "x"]
+    assert all(isinstance(answer["text"], str) and answer.keys() == {"id", "text"} for answer in answers)
+
+
+def test_generate_says_the_same_under_the_same_seed(shop):
+    line = "generate {gpt2} --prompt 'the film' -n 3 --max-new-tokens 12 --json --seed "
+    first = told(line + "5", **shop)
+    assert told(line + "5", **shop) == first
+    rows = json.loads(first)
+    assert [row["seed"] for row in rows] == [5, 6, 7]
+    assert len({row["text"] for row in rows}) == 3
+    assert json.loads(told(line.replace("-n 3", "-n 1") + "6", **shop))[0]["text"] == rows[1]["text"]
+    assert told(line.replace("--json", "") + "5", **shop).startswith("the film")
+    assert json.loads(told("generate {gpt2} --max-new-tokens 4 --json", **shop))[0]["prompt"] == "", "an empty prompt"
+
+
+def test_eval_measures_a_text_model_and_a_classifier(place, shop):
+    result = json.loads(told("eval {gpt2} --data {texts} --json", **shop))
+    low, high = result["intervals"]["eval/perplexity"]
+    assert low < result["metrics"]["eval/perplexity"] < high
+    assert result["rows"] == 40
+    some = json.loads(told("eval {gpt2} --data {texts} --limit 8 --json", **shop))
+    assert some["rows"] == 8 and some["sha256"] != result["sha256"]
+    rows = [{"text": f"What a {word} film, I {verb} it.", "label": label} for word, verb, label in
+            [("great", "loved", 1), ("terrible", "hated", 0), ("dull", "left", 0), ("lovely", "adored", "pos")]]
+    tiny.write_rows(place / "rows.jsonl", rows)
+    judged = json.loads(told("eval imdb-sentiment --data rows.jsonl --json"))
+    assert judged["metrics"].keys() >= {"eval/accuracy", "eval/f1", "eval/ece"}
+    assert judged["metrics"]["eval/accuracy"] == 1.0
+    assert "eval/accuracy" in told("eval imdb-sentiment --data rows.jsonl")
+
+
+def test_a_training_verb_ends_with_its_figures_and_the_report(shop, place):
+    out = told(" ".join(["sft", "--run", "mine", *tiny.overrides(shop, "sft", "max_steps=1")]))
+    assert "eval/perplexity" in out and "mine: done" in out
+    assert Path(out.rsplit("report: ")[1].strip()).is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("no \x1b[31mfile"), 2, "peftlab: no file\n"),
+        (LabError("the disk is full"), 1, "peftlab: the disk is full\n"),
+        (Interrupted(2), 130, "peftlab: stopped by SIGINT; --resume continues\n"),
+        (Interrupted(15), 143, "peftlab: stopped by SIGTERM; --resume continues\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_each_way_to_end_has_its_exit_code(error, code, message):
+    with mock.patch("peftlab.config.shipped_configs", side_effect=error):
+        outcome = peftlab("configs")
+    assert outcome.code == code and outcome.out == ""
+    assert outcome.err.endswith(message)
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    with mock.patch("peftlab.config.shipped_configs", side_effect=ZeroDivisionError), pytest.raises(ZeroDivisionError):
+        peftlab("configs")
+
+
+def test_a_pipe_that_closes_early_is_no_traceback(place):
+    """More than a pipe holds, so that the program is still writing when its reader has gone."""
+    (place / "rows.jsonl").write_text("[]\n" * 9000)
+    check = [sys.executable, "-m", "peftlab.cli", "data", "check", "rows.jsonl", "--for", "sft"]
+    with subprocess.Popen(check, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode not in (0, 2)
+
+
+def test_tables_are_readable_whatever_is_in_them():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli._print_rows([{"name": "a", "value": None}, {"name": "longer", "value": 1.23456789}], False)
+    assert out.getvalue().splitlines() == ["name    value", "a       -", "longer  1.235"]
