@@ -92,7 +92,8 @@ class Terminal:
             number = kinds[key.strip()](value)
         except ValueError:
             raise UserError(f"/set {key}: {value.strip()!r} is not a number") from None
-        limit = self.session.context - 1 if key.strip() == "max_new_tokens" else float("inf")
+        limits = {"max_new_tokens": self.session.context - 1, "top_p": 1}
+        limit = limits.get(key.strip(), sys.maxsize)
         if not (0 < number <= limit or (number == 0 and key.strip() in ("temperature", "top_k"))):
             raise UserError(f"/set {key}: {number} is out of range")
         self.session.decoding = replace(self.session.decoding, **{key.strip(): number})
