@@ -275,7 +275,6 @@ def test_a_wheel_with_an_unsafe_member_leaves_nothing(forged, tmp_path, monkeypa
     assert not list(tmp_path.rglob("evil"))
 
 
-@pytest.mark.parametrize("line", ["sft setps=3 --run again", "chat {reward}"])
-def test_as_a_program_of_its_own(line, shop, place):
-    refused(program(line, **shop), {"sft": ["setps"], "chat": ["peftlab predict"]}[line.split()[0]])
-    assert not (place / "runs").exists()
+@pytest.mark.parametrize("line", ["chat {reward}", "data check rows.xls --for sft"])
+def test_as_a_program_of_its_own(line, shop):
+    refused(program(line, **shop), OTHER[line])
