@@ -207,7 +207,7 @@ def steered(shop) -> tuple[Path, list[str], Any]:
         patch.setattr(ppo, "Roles", built)
         folder = run_of(
             shop, "ppo", "ppo", f"model={shop['runs']}/under", f"reward={shop['reward']}", f"judge={shop['judge']}",
-            "reward_function=my_rewards:praise", "reward_function_weight=0.5", "critic=adapter",
+            "reward_function=my_rewards:praise", "critic=adapter",
         )
     return folder, hashes, built.roles
 

@@ -142,15 +142,21 @@ def save_adapter(model: Any, name: str, folder: Path, stack: Stack, dtype: str =
 
 def read_stack(folder: Path) -> Stack:
     """The stack of an adapter folder; for a foreign PEFT adapter, what its adapter_config.json says."""
-    if (folder / "stack.json").is_file():
-        facts = json.loads((folder / "stack.json").read_text())
-        under = tuple(folder / name for name in facts.pop("under"))
-        return Stack(facts.pop("kind"), facts.pop("base"), facts.pop("fingerprint"), under, facts)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: not an adapter folder (no adapter_config.json)")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    kind: Kind = "classifier" if config.get("task_type") == "SEQ_CLS" else "causal"
-    return Stack(kind, config["base_model_name_or_path"], "")
+    _verify(folder)
+    name = "stack.json" if (folder / "stack.json").is_file() else "adapter_config.json"
+    try:
+        facts = json.loads((folder / name).read_text(encoding="utf-8"))
+        if name == "adapter_config.json":
+            kind: Kind = "classifier" if facts.get("task_type") == "SEQ_CLS" else "causal"
+            return Stack(kind, facts["base_model_name_or_path"], "")
+        under = tuple(folder / inner for inner in facts.pop("under"))
+        if not all(inner.resolve().is_relative_to(folder.resolve()) for inner in under):
+            raise ValueError("`under` leaves the folder")
+        return Stack(facts.pop("kind"), facts.pop("base"), facts.pop("fingerprint"), under, facts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"adapter {folder}: {name} is damaged ({error}); restore it or train again") from None
 
 
 def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> Any:
@@ -164,8 +170,6 @@ def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if (folder / "manifest.json").is_file() and (problems := verify_manifest(folder)):
-        raise UserError(f"adapter {folder}: {'; '.join(problems)}; restore the folder or train it again")
     stack = read_stack(folder)
     if stack.fingerprint and fingerprint and stack.fingerprint != fingerprint:
         raise UserError(f"adapter {folder}: its {stack.base} is another one ({stack.fingerprint}, not {fingerprint})")
@@ -210,6 +214,11 @@ def load_stack(
         model = model.merge_and_unload()
     model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
     return Backbone(name, model, base.tokenizer, base.fingerprint), stack
+
+
+def _verify(folder: Path) -> None:
+    if (folder / "manifest.json").is_file() and (problems := verify_manifest(folder)):
+        raise UserError(f"adapter {folder}: {'; '.join(problems)}; restore the folder or train it again")
 
 
 def _wrap(model: Any, config: Any, name: str, base: str) -> Any:

@@ -51,8 +51,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         seed_everything(config.seed)
         backbone = _base(config, config.device)
         tokenizer = backbone.tokenizer
-        labels = None if config.labels == LABEL_NAMES else config.labels  # None also takes neg, pos, 0 and 1
-        seed = config.seed
+        labels, seed = _own_labels(config), config.seed
         train = load_recorded(run, config.train_data, "classify", config.train_limit, seed, labels).records
         held_out = load_recorded(run, config.eval_data, "classify", config.eval_limit, seed, labels).records
         other = TextClassifier.load(config.compare, device=config.device) if config.compare else None
@@ -99,7 +98,9 @@ def plan(config: ClassifyConfig) -> dict[str, Any]:
     from ..data.sources import load_records
 
     backbone = _base(config, "cpu")
-    records = load_records(config.train_data, "classify", config.train_limit or None, config.seed).records
+    records = load_records(
+        config.train_data, "classify", config.train_limit or None, config.seed, _own_labels(config)
+    ).records
     model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
     require_gradients(adapter_parameters(model, ADAPTER))
     rows = rows_of(records, backbone.tokenizer, config)
@@ -132,6 +133,11 @@ def rows_of(records: list[Any], tokenizer: Any, config: ClassifyConfig) -> list[
             ids = ids[: draw.randint(*CROPS)]
         rows.append({"input_ids": ids, "label": record.label})
     return rows
+
+
+def _own_labels(config: ClassifyConfig) -> list[str] | None:
+    """None for the default names, which also lets data say neg, pos, 0 and 1."""
+    return None if config.labels == LABEL_NAMES else config.labels
 
 
 def _collate(batch: Any, pad_id: int) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from ..evaluation.classification import classification_intervals, classification
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
 from ..models.adapters import load_stack, read_stack
 from ..models.catalog import resolve
-from ..models.classifier import TextClassifier
+from ..models.classifier import LABEL_NAMES, TextClassifier
 
 
 def evaluate(name: str, data: str, limit: int | None, device: str) -> dict[str, Any]:
@@ -27,8 +27,9 @@ def evaluate(name: str, data: str, limit: int | None, device: str) -> dict[str, 
 
 
 def _classifier(name: str, data: str, limit: int | None, device: str) -> dict[str, Any]:
-    records = load_records(data, "classify", limit)
     classifier = TextClassifier.load(name, device=device)
+    own = None if classifier.labels == LABEL_NAMES else classifier.labels
+    records = load_records(data, "classify", limit, labels=own)
     labels = np.array([record.label for record in records.records])
     if labels.max() >= len(classifier.labels):
         raise UserError(f"data {data}: has label {labels.max()}, but {name} knows {len(classifier.labels)} classes")

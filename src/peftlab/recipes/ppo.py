@@ -46,7 +46,6 @@ class PPOConfig(Config):
     want: Literal["positive", "negative"] = "positive"
     reward: str = Field("imdb-sentiment", description="classifier whose log-odds of `want` count; empty = none")
     reward_function: str = Field("", description="module:function, added to the reward as it is")
-    reward_function_weight: float = 1.0
     judge: str = Field("imdb-judge", description="classifier of the evaluation; never the reward's")
     prompt_tokens: tuple[int, int] = (2, 8)
     max_new_tokens: int = Field(24, ge=1)
@@ -66,7 +65,6 @@ class PPOConfig(Config):
     value_clip: float = Field(0.2, gt=0)
     value_coef: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    whiten_rewards: bool = False
     eos_penalty: float = 0.0
     epoch_kl_stop: float = Field(0.02, description="nats a token from the sampling policy at which a step's epochs end")
     kl_coef: float = Field(0.1, ge=0)
@@ -78,7 +76,6 @@ class PPOConfig(Config):
     record_every: int = Field(10, ge=1, description="steps between recorded rollouts")
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
     lora: Lora = Lora()
 
 
@@ -91,7 +88,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         if run.finished:
             return run.summary or {}
         seed_everything(config.seed)
-        backbone, under = load_stack(config.model, device=config.device, dtype=config.dtype)
+        backbone, under = load_stack(config.model, device=config.device)
         if under.kind != "causal":
             raise UserError(f"model {config.model}: a {under.kind}; ppo needs a causal language model or its adapter")
         context = backbone.model.config.max_position_embeddings
@@ -194,7 +191,7 @@ def _reward(config: PPOConfig) -> Reward:
         parts.append(RewardPart(name, log_odds(classifier, config.want), normalise=True))
     if config.reward_function:
         function = user_function(config.reward_function)
-        parts.append(RewardPart(config.reward_function.split(":")[1], function, config.reward_function_weight))
+        parts.append(RewardPart(config.reward_function.split(":")[1], function))
     if not parts:
         raise UserError("reward: nothing to optimise; set reward to a classifier or reward_function to module:function")
     return Reward(tuple(parts))
@@ -232,7 +229,7 @@ def _controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
 
 def _settings(config: PPOConfig, tiny_on_cpu: bool) -> PPOSettings:
     shared = PPOSettings.__dataclass_fields__.keys() & PPOConfig.model_fields.keys()
-    limit = first_ratio_limit("bf16" if config.dtype == "bfloat16" else "fp32", tiny_on_cpu=tiny_on_cpu)
+    limit = first_ratio_limit("fp32", tiny_on_cpu=tiny_on_cpu)
     return PPOSettings(total_steps=config.steps, ratio_limit=limit, **{name: getattr(config, name) for name in shared})
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..data.collate import collate_language
-from ..data.records import PromptCompletion, Text
+from ..data.records import Conversation, PromptCompletion, Text
 from ..data.tokenize import Row, document_ids, pack, prompt_completion
 from ..errors import UserError
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
@@ -105,11 +105,21 @@ def plan(config: SftConfig) -> dict[str, Any]:
 def rows_of(records: list[Any], tokenizer: Any, config: SftConfig) -> list[Row]:
     """Texts are packed into blocks; prompt and completion stay a row of their own."""
     texts = [r.text for r in records if isinstance(r, Text)]
-    pairs = [r for r in records if isinstance(r, PromptCompletion)]
+    pairs = [(r.prompt, r.completion) for r in records if isinstance(r, PromptCompletion)]
+    pairs += [_as_pair(r, tokenizer, config) for r in records if isinstance(r, Conversation)]
     if len(texts) + len(pairs) < len(records):
-        raise UserError(f"train_data {config.train_data}: sft takes rows of `text`, or of `prompt` and `completion`")
+        raise UserError(f"train_data {config.train_data}: rows of `text`, `prompt` and `completion`, or `messages`")
     rows = pack(document_ids(texts, tokenizer, config.document_tokens), config.max_length)
-    return rows + [prompt_completion(r.prompt, r.completion, tokenizer, config.max_length) for r in pairs]
+    return rows + [prompt_completion(*pair, tokenizer, config.max_length) for pair in pairs]
+
+
+def _as_pair(record: Conversation, tokenizer: Any, config: SftConfig) -> tuple[str, str]:
+    """All turns but the last, in the model's own template, and the last, which is what is learned."""
+    if not tokenizer.chat_template:
+        raise UserError(f"model {config.model}: has no chat template for `messages`; give `prompt` and `completion`")
+    *turns, answer = [{"role": m.role, "content": m.content} for m in record.messages]
+    prompt: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return prompt, answer["content"]
 
 
 def row_length(row: Row) -> int:

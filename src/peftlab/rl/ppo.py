@@ -46,7 +46,6 @@ class PPOSettings:
     max_grad_norm: float = 1.0
     epoch_kl_stop: float = 0.02
     critic_warmup: int = 0
-    whiten_rewards: bool = False
     eos_penalty: float = 0.0
     total_steps: int = 100
     warmup_steps: int = 10
@@ -90,8 +89,6 @@ class PPOTrainer:
             self.first.check()
         mask = rollout.completion_mask
         rewards = shaped_rewards(rollout, self.kl.coef, settings.eos_penalty)
-        if settings.whiten_rewards:
-            rewards = masked_whiten(rewards, mask)
         advantages, returns = gae(rewards, rollout.values, mask, settings.gamma, settings.lam)
         stats = self.update(rollout, masked_whiten(advantages, mask), returns)
         self.roles.refresh()
