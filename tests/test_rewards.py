@@ -49,11 +49,11 @@ def test_a_part_may_tell_several_named_ones():
 @given(st.lists(st.integers(-1000, 1000), min_size=4, max_size=4, unique=True), st.floats(0.1, 10), st.floats(-50, 50))
 def test_normalising_gives_mean_0_and_variance_1_whatever_the_scale(values, scale, shift):
     raw = torch.tensor(values) * scale + shift
-    reward = Reward((RewardPart("n", said(raw), 3.0, normalise=True), RewardPart("as it is", said(raw))))
+    reward = Reward((RewardPart("n", said(raw), 3.0, normalise=True), RewardPart("plain", said(raw))))
     _, parts = reward.normalise(PROMPTS, ANSWERS, [None] * 4)(PROMPTS, ANSWERS, [None] * 4)
     assert_close(parts["n"].mean(), torch.tensor(0.0), atol=1e-3, rtol=0)
     assert_close(parts["n"].var(), torch.tensor(1.0), atol=1e-3, rtol=0)
-    assert torch.equal(parts["as it is"], raw.float()), "only where asked"
+    assert torch.equal(parts["plain"], raw.float()), "only where asked"
 
 
 def test_normalising_a_constant_stays_finite():
