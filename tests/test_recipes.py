@@ -258,7 +258,7 @@ def test_ppo_rollouts_are_tables_of_tokens_that_add_up(steered):
         assert sum(token["reward"] for token in tokens) == pytest.approx(row["score"] - penalty, abs=1e-4)
         parts = row["score_parts"]
         assert parts.keys() == {"reward", "e", "short"}  # the classifier's part is called as its folder
-        assert row["score"] == pytest.approx(parts["reward"] + 0.5 * (parts["e"] + parts["short"]), abs=1e-5)
+        assert row["score"] == pytest.approx(parts["reward"] + parts["e"] + parts["short"], abs=1e-5)
         assert parts["e"] == pytest.approx(row["completion"].count("e") / 8)
         if row["step"] == 1:  # the policy still is its reference, up to the noise of the cached decode
             assert all(abs(token["kl"]) < 1e-4 for token in tokens)
