@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,9 @@ from typing import TextIO
 from ..errors import UserError
 from ..runs.sanitize import StreamSanitizer, sanitize
 from .session import Session, transcript
+
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401  - gives input() its line editing and history
 
 HELP = """\
 /help                  this list

@@ -28,6 +28,7 @@ from ..rl.control import AdaptiveKL, FixedKL
 from ..rl.ppo import PPOSettings, PPOTrainer
 from ..rl.rollout import FirstStep, PromptBatch, Rollout
 from ..runs.metrics import first_ratio_limit
+from ..runs.progress import Progress
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
 from .common import load_recorded, resume_point, seed_everything
@@ -121,6 +122,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
 
         reason: str | None = None
         seconds: list[float] = []
+        progress = Progress(config.steps)
         while trainer.steps_done < config.steps and reason is None:
             prompts = _batch(train, trainer.steps_done, config)
             try:
@@ -131,6 +133,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
             step = trainer.steps_done
             run.log(stats, step)
             seconds.append(stats["time/step_s"])
+            progress.show(step, f"reward {stats['reward/mean']:.2f}  KL {stats['kl/reference']:.2f}")
             if step == 1 or step % config.record_every == 0:
                 run.append_rollouts(_records(rollout, token_tensors, sampler, step))
             if config.kl_stop and stats["kl/reference"] > config.kl_stop:

@@ -7,8 +7,6 @@ learns; it resumes from the newest verified one.
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import Interrupted, LabError
 from ..runs.checkpoint import CheckpointStore
+from ..runs.progress import Progress
 from .sampler import BucketSampler
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -44,7 +43,7 @@ class LabTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=Rows(rows), data_collator=collate)
         self.lengths, self.store, self.staging = list(lengths), store, ""
         self.remove_callback(PrinterCallback)
-        self.stopper = LabCallback(log, stop_requested)
+        self.stopper = LabCallback(log, stop_requested, args.max_steps)
         self.add_callback(self.stopper)
 
     def fit(self, checkpoint: Path | None) -> None:
@@ -108,10 +107,9 @@ class Rows(torch.utils.data.Dataset[Any]):
 class LabCallback(TrainerCallback):
     """Logs by the registry's names, stops on signals and on numbers that are not finite, shows one line of progress."""
 
-    def __init__(self, log: Log, stop_requested: Callable[[], int | None]) -> None:
-        self.write, self.stop_requested = log, stop_requested
+    def __init__(self, log: Log, stop_requested: Callable[[], int | None], total: int) -> None:
+        self.write, self.stop_requested, self.progress = log, stop_requested, Progress(total)
         self.signum: int | None = None
-        self.shown = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         self.signum = self.stop_requested()
@@ -127,18 +125,7 @@ class LabCallback(TrainerCallback):
                 raise LabError(f"step {state.global_step}: {name} is {value}; lower lr, or look at that step's data")
         if found:
             self.write(found, state.global_step)
-            self._show(state, found)
-
-    def _show(self, state: Any, found: Mapping[str, float]) -> None:
-        """On a terminal one line that rewrites itself, elsewhere a line every ten seconds."""
-        live, now = sys.stderr.isatty(), time.monotonic()
-        last = state.global_step >= state.max_steps
-        if not live and now - self.shown < 10 and not last:
-            return
-        self.shown = now
-        line = f"  step {state.global_step}/{state.max_steps}  loss {found.get('train/loss', float('nan')):.4f}"
-        end = "\n" if last or not live else ""
-        print(f"\r{line}" if live else line, end=end, file=sys.stderr, flush=True)
+            self.progress.show(state.global_step, f"loss {found.get('train/loss', math.nan):.4f}")
 
 
 def _inside(step_folder: Path) -> Path:
