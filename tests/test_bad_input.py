@@ -246,7 +246,7 @@ def test_the_mended_command_runs_under_the_same_name(shop, place):
     other = peftlab(filled("classify {FILL} --run mine --resume", shop), **shop)
     refused(other, ["is a sft run, not classify"])
     again = peftlab(filled("sft {FILL} max_steps=1 --run mine --resume", shop), **shop)
-    assert again.code == 0 and "already done" in again.out
+    assert again.code == 0 and "already done" in again.err
 
 
 @pytest.fixture

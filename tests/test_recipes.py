@@ -279,7 +279,6 @@ def test_the_adapter_of_ppo_carries_the_one_under_it(shop, steered):
     ("sft", "model={judge}", "classifier"),
     ("sft", "model={encoder}", "encoder"),
     ("pretrain", "train_data={pairs}", "rows of `text`"),
-    ("classify", 'labels=["only"]', "label"),
     ("classify", "max_length=65", "context"),
     ("ppo", "max_new_tokens=89", "context"),
     ("ppo", "model={judge}", "classifier"),

@@ -180,7 +180,7 @@ def test_a_finished_run_is_left_as_it_is(shop, whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole["sft"].rglob("*.safetensors")}
     summary = go(shop, "sft", whole["sft"].parent, resume=True)
     assert summary["status"] == "done"
-    assert "nothing to resume" in capsys.readouterr().out
+    assert "nothing to resume" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in whole["sft"].rglob("*.safetensors")} == before
 
 

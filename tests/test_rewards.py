@@ -118,6 +118,8 @@ def test_a_users_module_that_does_not_import_is_one_message(tmp_path, monkeypatc
 
 def test_log_odds_of_the_wanted_sentiment_read_prompt_and_completion():
     class Classifier:
+        name, labels = "words", ["negative", "positive"]
+
         def logits(self, texts):
             return torch.tensor([[float(t.count("bad")), float(t.count("good"))] for t in texts])
 
@@ -125,3 +127,20 @@ def test_log_odds_of_the_wanted_sentiment_read_prompt_and_completion():
     positive = log_odds(Classifier(), "positive")(prompts, completions, [None] * 3)
     assert positive.tolist() == [2.0, 0.0, -2.0]
     assert torch.equal(log_odds(Classifier(), "negative")(prompts, completions, [None] * 3), -positive)
+
+
+@pytest.mark.parametrize("labels", [["positive", "negative"], ["up", "down"], ["negative", "mixed", "positive"]])
+def test_the_wanted_class_goes_by_its_name(labels):
+    class Classifier:
+        name = "mine"
+
+        def logits(self, texts):
+            return torch.tensor([[3.0, 1.0]] * len(texts))
+
+    classifier = Classifier()
+    classifier.labels = labels
+    if labels[0] == "positive":
+        assert log_odds(classifier, "positive")(["a"], ["b"], [None]).tolist() == [2.0]
+    else:
+        with pytest.raises(UserError, match="mine"):
+            log_odds(classifier, "positive")

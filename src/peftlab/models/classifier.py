@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class TextClassifier:
         entry = resolve(name)
         if entry.kind != "adapter":
             raise UserError(f"{name}: is a {entry.kind} model, not a classifier adapter; for example imdb-sentiment")
-        backbone, stack = load_stack(str(Path(entry.path)), device=device, dtype=dtype)
+        backbone, stack = load_stack(name, device=device, dtype=dtype)
         if stack.kind != "classifier":
             raise UserError(f"{name}: is an adapter for text, not a classifier; for example imdb-sentiment")
         labels = list(stack.extra.get("labels", LABEL_NAMES))

@@ -34,7 +34,7 @@ class ClassifyConfig(TrainConfig):
     eval_limit: int = Field(0, ge=0)
     max_length: int = Field(512, ge=8, description="tokens; longer texts are cut")
     crop: float = Field(0.0, ge=0, le=1, description="share of rows cut to a random opening of 8 to 64 tokens")
-    labels: list[str] = LABEL_NAMES
+    labels: list[str] = Field(LABEL_NAMES, min_length=2)
     compare: str = Field("", description="another classifier, to be measured on the same held-out rows")
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     lora: Lora = Lora()

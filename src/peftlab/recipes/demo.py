@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import Config, load_config, to_toml
+from ..errors import Interrupted
 from ..report import render
 from ..runs.rundir import RunDir
 from ..runs.sanitize import sanitize
@@ -51,6 +52,8 @@ def _run_stages(run: RunDir, console: Console, root: Path, resume: bool) -> dict
     for stage in STAGES:
         console.rule(stage)
         stages[stage] = _stage(stage, root, run.name, resume)
+        if run.stop_requested:  # it came while the stage measured: the stage is done, the demo is not
+            raise Interrupted(run.stop_requested)
     ppo = stages["ppo"]
     artifacts = {"report": "report.html", "adapter": "ppo/adapter"}
     return run.finish(ppo["metrics"], ppo["baseline"], ppo["intervals"], artifacts, stages=stages)
@@ -64,6 +67,7 @@ def _stage(stage: str, root: Path, name: str, resume: bool) -> dict[str, Any]:
         config = config.with_(model=str(root / name / "sft" / "adapter"))
     run = RunDir.create(root, f"{name}/{stage}", stage, to_toml(config), resume=resume)
     summary: dict[str, Any] = module.run(config, run)
+    render(run.path)
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def start(verb: str, config: Config, root: Path, name: str, resume: bool = False
     """Run a recipe with a config that is already resolved."""
     run = RunDir.create(root, name, verb, to_toml(config), resume=resume)
     if run.finished:
-        print(f"{name}: already done; nothing to resume")
+        print(f"{name}: already done; nothing to resume", file=sys.stderr)
     try:
         summary: dict[str, Any] = load(verb).run(config, run)
     finally:

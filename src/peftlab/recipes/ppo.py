@@ -23,7 +23,7 @@ from ..models.catalog import resolve
 from ..models.classifier import TextClassifier
 from ..models.roles import POLICY, Roles
 from ..rewards.parts import Reward, RewardPart, user_function
-from ..rewards.sentiment import SENTIMENTS, log_odds
+from ..rewards.sentiment import class_of, log_odds
 from ..rl.control import AdaptiveKL, FixedKL
 from ..rl.ppo import PPOSettings, PPOTrainer
 from ..rl.rollout import FirstStep, PromptBatch, Rollout
@@ -106,6 +106,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         # Loaded before training, so that a judge or data that is not there costs seconds.
         held_out = _prompts(run, config.eval_data, roles.tokenizer, config, limit=config.eval_prompts)
         judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
+        class_of(judge, config.want)
         sampler = Sampler(roles.twin, roles.tokenizer)
         decoding = Decoding(config.max_new_tokens, config.temperature)
         reward = _reward(config)
@@ -120,7 +121,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         if state is not None:
             trainer.load_state_dict(state["trainer"])
 
-        reason: str | None = None
+        reason: str | None = state["reason"] if state else None
         seconds: list[float] = []
         progress = Progress(config.steps)
         while trainer.steps_done < config.steps and reason is None:
@@ -139,8 +140,8 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
             if config.kl_stop and stats["kl/reference"] > config.kl_stop:
                 reason = f"kl/reference {stats['kl/reference']:.2f} passed kl_stop {config.kl_stop} at step {step}"
             signum = run.stop_requested
-            if signum or step % config.save_every == 0 or step == config.steps:
-                _write_state(run, step, {"trainer": trainer.state_dict(), "reward": reward.state()})
+            if signum or reason or step % config.save_every == 0 or step == config.steps:
+                _write_state(run, step, {"trainer": trainer.state_dict(), "reward": reward.state(), "reason": reason})
             if signum:
                 raise Interrupted(signum)
 
@@ -285,7 +286,7 @@ def _finish(
     step_s: float,
 ) -> dict[str, Any]:
     """Evaluate both sides on held-out prompts by the independent judge, and write samples and summary."""
-    label, decoding = SENTIMENTS[config.want], Decoding(config.max_new_tokens)
+    label, decoding = class_of(judge, config.want), Decoding(config.max_new_tokens)
     sides = {
         name: evaluate_side(
             roles, role, held_out.token_ids, held_out.texts, judge, label, decoding, seed=config.seed + 10**6

@@ -60,7 +60,7 @@ def _continue(name: str, rows: list[dict[str, Any]], device: str, chunk: int = 3
 def _read(path: Path) -> list[dict[str, Any]]:
     """Rows with an id and a text; every bad line is named."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -118,6 +118,8 @@ def _as_pair(record: Conversation, tokenizer: Any, config: SftConfig) -> tuple[s
     if not tokenizer.chat_template:
         raise UserError(f"model {config.model}: has no chat template for `messages`; give `prompt` and `completion`")
     *turns, answer = [{"role": m.role, "content": m.content} for m in record.messages]
+    if not turns:
+        raise UserError(f"train_data {config.train_data}: row {record.id} has no turn before the assistant's")
     prompt: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return prompt, answer["content"]
 

@@ -7,14 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import UserError
 from ..models.classifier import TextClassifier
 
-SENTIMENTS = {"negative": 0, "positive": 1}
+
+def class_of(classifier: TextClassifier, wanted: str) -> int:
+    """Index of the class named `wanted`; UserError where the classifier is not one of two classes with that name."""
+    if len(classifier.labels) != 2 or wanted not in classifier.labels:
+        raise UserError(f"classifier {classifier.name}: has classes {classifier.labels}; want={wanted} needs two")
+    return classifier.labels.index(wanted)
 
 
 def log_odds(classifier: TextClassifier, wanted: str) -> Callable[..., Tensor]:
     """Reward function: log p(wanted) - log p(the other) of prompt + completion, in nats; unbounded, 0 is undecided."""
-    label = SENTIMENTS[wanted]
+    label = class_of(classifier, wanted)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], records: Sequence[Any]) -> Tensor:
         logits = classifier.logits([p + c for p, c in zip(prompts, completions, strict=True)])

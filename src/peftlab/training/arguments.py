@@ -27,12 +27,12 @@ class TrainConfig(Config):
     save_every: int = Field(0, ge=0)
 
 
-def training_arguments(config: TrainConfig, rows: int, save: bool = True) -> TrainingArguments:
+def training_arguments(config: TrainConfig, rows: int) -> TrainingArguments:
     """TrainingArguments that keep to themselves: no Hub, no tracker, no files of their own."""
     device = pick_device(config.device)
     steps = config.max_steps or max(1, int(config.epochs * -(-rows // config.batch_size)))
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
@@ -46,7 +46,7 @@ def training_arguments(config: TrainConfig, rows: int, save: bool = True) -> Tra
         use_cpu=device.type == "cpu",
         seed=config.seed,
         data_seed=config.seed,
-        save_strategy="steps" if save and config.save_every else "no",
+        save_strategy="steps",
         save_steps=config.save_every or steps,
         eval_strategy="no",
         logging_steps=max(1, min(10, steps // 50)),
@@ -57,5 +57,6 @@ def training_arguments(config: TrainConfig, rows: int, save: bool = True) -> Tra
         dataloader_pin_memory=device.type == "cuda",
         torch_empty_cache_steps=None,
     )
-
-
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1  # else Trainer splits each batch over every GPU it sees; several GPUs go by accelerate
+    return arguments

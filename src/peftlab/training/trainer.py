@@ -58,6 +58,7 @@ class LabTrainer(Trainer):
             self.state = state
             return
         self.train(resume_from_checkpoint=folder)
+        self._check_finite()
         if self.stopper.signum:
             raise Interrupted(self.stopper.signum)
 
@@ -73,9 +74,15 @@ class LabTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._check_finite()
         folder = Path(output_dir or self.staging)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: p.detach().cpu().contiguous() for n, p in self._learned().items()}, folder / WEIGHTS)
+
+    def _check_finite(self) -> None:
+        for name, parameter in self._learned().items():
+            if not torch.isfinite(parameter).all():
+                raise LabError(f"step {self.state.global_step}: {name} holds NaN or infinity; lower lr")
 
     def _learned(self) -> dict[str, nn.Parameter]:
         model: Any = self.model
