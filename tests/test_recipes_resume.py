@@ -148,14 +148,19 @@ def test_a_run_that_broke_resumes_from_its_newest_checkpoint(shop, whole, tmp_pa
     assert_same(run, whole[verb])
 
 
-@pytest.mark.parametrize("verb", ["sft", "ppo"])
-def test_a_spoilt_checkpoint_is_passed_over(shop, whole, tmp_path, monkeypatch, verb):
-    step = 5 if verb == "ppo" else 9
+def stop_at(step: int, shop: dict[str, str], verb: str, root: Path, monkeypatch) -> None:
+    """A run that a signal stops after `step`."""
     asked = itertools.count(1)
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "stop_requested", property(lambda _: signal.SIGINT if next(asked) == step else None))
         with pytest.raises(Interrupted):
-            go(shop, verb, tmp_path)
+            go(shop, verb, root)
+
+
+@pytest.mark.parametrize("verb", ["sft", "ppo"])
+def test_a_spoilt_checkpoint_is_passed_over(shop, whole, tmp_path, monkeypatch, verb):
+    step = 5 if verb == "ppo" else 9
+    stop_at(step, shop, verb, tmp_path, monkeypatch)
     run = tmp_path / verb
     state = max((run / "checkpoints" / f"step-{step:08d}").rglob("*.*"), key=lambda path: path.stat().st_size)
     state.write_bytes(state.read_bytes()[:-1])
@@ -167,11 +172,7 @@ def test_a_spoilt_checkpoint_is_passed_over(shop, whole, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("verb", ["sft", "ppo"])
 def test_a_stop_at_the_last_step_loses_nothing(shop, whole, tmp_path, monkeypatch, verb):
     last = 6 if verb == "ppo" else 16
-    asked = itertools.count(1)
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "stop_requested", property(lambda _: signal.SIGINT if next(asked) == last else None))
-        with pytest.raises(Interrupted):
-            go(shop, verb, tmp_path)
+    stop_at(last, shop, verb, tmp_path, monkeypatch)
     go(shop, verb, tmp_path, resume=True)
     assert_same(tmp_path / verb, whole[verb])
 

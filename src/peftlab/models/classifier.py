@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .adapters import load_stack
+from .adapters import load_stack, read_stack
 from .catalog import resolve
 
 LABEL_NAMES = ["negative", "positive"]
@@ -45,6 +45,12 @@ class TextClassifier:
     def probabilities(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """softmax of `logits`."""
         return self.logits(texts, batch_size).softmax(-1)
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a name or folder is a classifier adapter; anything else writes text."""
+    entry = resolve(name)
+    return entry.kind == "adapter" and read_stack(entry.path).kind == "classifier"
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,13 @@ from ..data.tokenize import document_ids, pack
 from ..errors import UserError
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
-from ..models.adapters import load_stack, read_stack
-from ..models.catalog import resolve
-from ..models.classifier import LABEL_NAMES, TextClassifier
+from ..models.adapters import load_stack
+from ..models.classifier import LABEL_NAMES, TextClassifier, is_classifier
 
 
 def evaluate(name: str, data: str, limit: int | None, device: str) -> dict[str, Any]:
     """Metrics by their registry names, 95% intervals, rows and data hash. `limit` draws a seeded sample of rows."""
-    entry = resolve(name)
-    classifies = entry.kind == "adapter" and read_stack(Path(entry.path)).kind == "classifier"
-    measure = _classifier if classifies else _language_model
+    measure = _classifier if is_classifier(name) else _language_model
     return {"model": name, "data": data, **measure(name, data, limit, device)}
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..models.adapters import read_stack
-from ..models.catalog import resolve
-from ..models.classifier import TextClassifier
+from ..models.classifier import TextClassifier, is_classifier
 from ..runs.atomic import write_rows
 from ..sampling.sampler import Decoding
 from .tools import load_sampler
@@ -22,9 +20,7 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     rows = [{"id": 0, "text": text}] if text is not None else _read(source)  # type: ignore[arg-type]
-    entry = resolve(adapter)
-    classifies = entry.kind == "adapter" and read_stack(Path(entry.path)).kind == "classifier"
-    answers = _classify(adapter, rows, device) if classifies else _continue(adapter, rows, device)
+    answers = _classify(adapter, rows, device) if is_classifier(adapter) else _continue(adapter, rows, device)
     if output is not None:
         write_rows(output, answers)
         print(f"{len(answers)} rows: {output}")
