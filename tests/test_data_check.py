@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import commands
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 from peftlab.data.check import check_file
 from peftlab.data.records import (
     KINDS,
+    LONGEST,
     Conversation,
     LabelledText,
     Message,
@@ -61,14 +66,16 @@ BAD = [
     ("classify", '{"text": "a", "label": 1e400}', "label: inf is not one of"),
     ("classify", '{"text": "a"}', "label: missing; the row has 'text'"),
     ("classify", '{"label": 1}', "text: missing; the row has 'label'"),
+    ("classify", json.dumps(dict.fromkeys(map(str, range(999)))), "text: missing; the row has '0', '1', '2', '3'"),
     ("classify", "{}", "text: missing; the row has no fields"),
     ("classify", '{"te\\nxt": "a"}', "text: missing; the row has 'te\\nxt'"),
     ("classify", '{"text": "", "label": 1}', "text: empty"),
     ("classify", '{"text": " \\t\\u00a0\\n", "label": 1}', "text: empty"),
     ("classify", '{"text": null, "label": 1}', "text: null"),
-    ("classify", '{"text": NaN, "label": 1}', "text: null"),
+    ("classify", '{"text": NaN, "label": 1}', "text: NaN"),
     ("classify", '{"text": 3, "label": 1}', "text: expected text, not 3"),
-    ("classify", '{"text": "a\\u0000", "label": 1}', "text: holds a NUL character"),
+    ("classify", '{"text": "a\\u0000", "label": 1}', "text: holds the control character U+0000 at character 2"),
+    ("classify", '{"text": "a\\u001b[2J", "label": 1}', "text: holds the control character U+001B at character 2"),
     ("classify", '{"text": "a\\ud800", "label": 1}', "text: holds half of a surrogate pair"),
     ("classify", '{"text": "a", "label": 1, "id": 1.5}', "id: expected text or an integer, not 1.5"),
     ("classify", '{"text": "a", "label": 1, "id": "\\udc00"}', "id: holds half of a surrogate pair"),
@@ -79,7 +86,23 @@ BAD = [
     ("sft", '{"messages": [{"role": "user", "content": "a"}]}', "messages: the last turn must be"),
     ("sft", '{"messages": [{"role": "bot", "content": "a"}]}', "messages[0].role: 'bot' is not one of"),
     ("sft", '{"messages": [{"role": ["user"]}]}', "messages[0].role: ['user'] is not one of"),
-    ("sft", '{"messages": [{"role": "assistant", "content": " "}]}', "messages[0].content: empty"),
+    ("sft", '{"messages": [{"role": "user", "content": " "}]}', "messages[0].content: empty"),
+    ("sft", '{"messages": [{"role": "assistant", "content": "a"}]}', "messages[0].role: expected user, not assistant"),
+    (
+        "sft",
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+        "messages[1].role: expected assistant, not user",
+    ),
+    (
+        "sft",
+        '{"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        "messages[1].role: expected user, not assistant",
+    ),
+    (
+        "sft",
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}',
+        "messages[1].role: a system turn can only be the first",
+    ),
     ("sft", '{"messages": ["hi"]}', "messages[0]: expected {role, content}, not 'hi'"),
     ("summarize", '{"document": "a", "summary": "\\n"}', "summary: empty"),
     ("preferences", '{"prompt": "a", "chosen": "b", "rejected": "b"}', "rejected: the same as chosen"),
@@ -91,6 +114,11 @@ BAD = [
     ("sft", '{"text": ' + "9" * 5000 + "}", "not valid JSON: a number too long"),
     ("sft", "[" * 200_000, "not valid JSON: "),
     ("sft", b'{"text": "\xff"}', "not UTF-8 at byte 11"),
+    ("sft", '{"text": "a"} {"text": "b"}', "not valid JSON: Extra data at column 15"),
+    ("sft", '{"text": "a", "text": "b"}', "the key 'text' is given twice in one object"),
+    ("sft", '\ufeff{"text": "a"}', "begins with a byte order mark"),
+    ("sft", '{"text": {"en": "a"}}', "text: expected text, not {'en': 'a'}"),
+    ("sft", b'{"text": "' + b"a" * LONGEST + b'"}', "a line of 10,000,013 bytes; expected fewer than 10,000,000"),
 ]
 
 
@@ -135,11 +163,47 @@ def test_labels_name_the_classes(tmp_path):
     assert parse_row("classify", {"text": "a", "label": "1"}, 0, ["1", "0"]).label == 0
 
 
+def test_numbers_that_name_classes_are_names(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "a", "label": label} for label in (1, "5", 5.0, 0, 6, "x")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    result = check_file(path, "classify", labels=["1", "2", "3", "4", "5"])
+    assert [r.label for r in result.records] == [0, 4, 4]
+    assert [line for line, _ in result.bad] == [4, 5, 6]
+    many = [f"class {i}" for i in range(300)]
+    with pytest.raises(ValueError, match="is not one of 0, 1, .*, [.]{3}$") as caught:
+        parse_row("classify", {"text": "a", "label": "y"}, 0, many)
+    assert len(str(caught.value)) < 200
+
+
 def test_columns_are_mapped(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("review,stars\nfine,pos\n")
     result = check_file(path, "classify", columns={"text": "review", "label": "stars"})
     assert result.records == [LabelledText("0", "fine", 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "columns", "record"),
+    [
+        # A mapping wins over a column that has the field's own name.
+        ("classify", {"text": "a", "body": "b", "label": 1}, {"text": "body"}, LabelledText("0", "b", 1)),
+        ("classify", {"text": "a", "label": 1}, {"text": "body"}, "text: missing; the row has 'label'"),
+        # Two fields may change places.
+        ("preferences", {"prompt": "p", "chosen": "bad", "rejected": "good"},
+         {"chosen": "rejected", "rejected": "chosen"}, PreferencePair("0", "p", "good", "bad")),
+        # What is mapped says which shape a row has, whatever else lies in it.
+        ("sft", {"prompt": "p", "completion": "c", "body": "b"}, {"text": "body"}, Text("0", "b")),
+        ("sft", {"prompt": "p", "text": "t", "answer": "a"}, {"completion": "answer"}, PromptCompletion("0", "p", "a")),
+        ("prompts", {"prompt": "p", "body": "b"}, {"text": "body"}, Prompt("0", "b")),
+        ("sft", {"text": "t", "key": 7}, {"id": "key"}, Text("7", "t")),
+    ],
+)
+def test_a_mapping_means_what_it_says(kind, row, columns, record, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    result = check_file(path, kind, columns=columns)
+    assert [*result.records, *(reason for _, reason in result.bad)] == [record]
 
 
 def test_csv_rows_are_named_by_the_line_they_begin_on(tmp_path):
@@ -153,14 +217,24 @@ def test_csv_rows_are_named_by_the_line_they_begin_on(tmp_path):
         b"3,fine,maybe\r\n"  # 7
         b',"also\nfine",0\r\n'  # 8 and 9
         b'5,"x"y,1\r\n'  # 10
-        b'6,"never closed,1\r\n'  # 11
+        b'6,"never closed,1\r\n'  # 11, found out at the quote in line 13
+        b"7,plain,1\r\n"
+        b'8,"with, comma",0\r\n'
+        b'9,"never closed,1\r\n'  # 14
+        b"10,the last,1\r\n"
     )
     result = check_file(path, "classify")
-    two = LabelledText("1", 'two\r\nlines, "quoted"', 1), LabelledText("3", "also\nfine", 0)
-    assert result.records == [*two]
-    assert [line for line, _ in result.bad] == [4, 7, 10, 11]
-    assert result.rows == 6
+    assert result.records == [
+        LabelledText("1", 'two\r\nlines, "quoted"', 1),
+        LabelledText("3", "also\nfine", 0),
+        LabelledText("7", "plain", 1),
+        LabelledText("8", "with, comma", 0),
+        LabelledText("10", "the last", 1),
+    ]
+    assert [line for line, _ in result.bad] == [4, 7, 10, 11, 14]
+    assert result.rows == 10
     assert result.bad[0][1] == "2 cells, but the header has 3"
+    assert result.bad[-1][1] == "not valid CSV: a quote is never closed"
 
 
 def test_parquet_rows_are_named_by_their_number(tmp_path):
@@ -168,10 +242,10 @@ def test_parquet_rows_are_named_by_their_number(tmp_path):
     import pyarrow.parquet as pq
 
     path = tmp_path / "a.parquet"
-    messages = [[{"role": "assistant", "content": "a"}], [], None]
-    pq.write_table(pa.table({"messages": messages}), path)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pq.write_table(pa.table({"messages": [turns, [], None]}), path)
     result = check_file(path, "sft")
-    assert result.records == [Conversation("0", (Message("assistant", "a"),))]
+    assert result.records == [Conversation("0", (Message("user", "a"), Message("assistant", "b")))]
     assert [line for line, _ in result.bad] == [2, 3]
 
 
@@ -181,7 +255,7 @@ def test_parquet_rows_are_named_by_their_number(tmp_path):
         ("none.jsonl", None, "no such file"),
         ("a.json", b"[]", "expected a file that ends in .jsonl, .csv, .parquet"),
         ("a", b"", "expected a file that ends in"),
-        ("a.csv", b"text\n\xff\n", "not UTF-8 at byte 6"),
+        ("a.csv", b"text,na\xefve\n", "the header is not UTF-8"),
         ("a.csv", b"text,label,text\n", "the column 'text' appears twice"),
         ("a.csv", b'"text\n', "not valid CSV"),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
@@ -226,6 +300,52 @@ def test_any_json_is_a_record_or_a_reason(kind, row):
         assert str(error).isprintable()
     else:
         repr(record).encode("utf-8")
+
+
+@given(st.sampled_from(["a.jsonl", "a.csv"]), st.binary() | st.text(st.sampled_from('ab",\n\r \\{}:é')).map(str.encode))
+def test_any_bytes_are_rows_and_reasons(tmp_path_factory, name, data):
+    path = tmp_path_factory.mktemp("bytes") / name
+    path.write_bytes(b"text,label\n" + data if name == "a.csv" else data)
+    result = check_file(path, "classify")
+    lines = [line for line, _ in result.bad]
+    assert lines == sorted(set(lines)) and all(1 <= line <= data.count(b"\n") + data.count(b"\r") + 2 for line in lines)
+    assert len(result.records) + len(lines) == result.rows
+    assert all(reason.isprintable() for _, reason in result.bad)
+
+
+CELL = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from('"\n,'), min_size=1).filter(str.strip)
+
+
+@given(st.lists(CELL, min_size=1), st.integers(0, 10**6))
+def test_a_csv_reads_back_whatever_line_is_broken(tmp_path_factory, texts, at):
+    """The rows that csv.writer wrote come back, all of them, with a line of too many cells anywhere between."""
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    at %= len(texts) + 1
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "text"])
+        for number, text in enumerate(texts):
+            if number == at:
+                file.write("one,cell,too many\n")
+            rows.writerow([number, text])
+    result = check_file(path, "sft")
+    assert [(record.id, record.text) for record in result.records] == [(str(n), text) for n, text in enumerate(texts)]
+    assert len(result.bad) == (at < len(texts))
+
+
+def test_what_the_page_on_data_shows_is_what_is_printed(tmp_path, monkeypatch):
+    """Each file of docs/data.md, named in the paragraph before its block, checked by each command there."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs/data.md").read_text(encoding="utf-8")
+    ran = 0
+    for before, block in re.findall(r"([^\n]*(?:\n[^\n]+)*)\n\n```\n(.*?)```", page, re.S):
+        if block.startswith("$ peftlab data check"):
+            command, _, shown = block.removeprefix("$ peftlab ").partition("\n")
+            assert commands.peftlab(command).out == shown
+            ran += 1
+        elif named := re.search(r"`([\w-]+\.(?:jsonl|csv))`", before):
+            Path(named[1]).write_text(block)
+    assert ran >= 5
 
 
 def test_checking_is_light():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import commands
 import pytest
 
 from peftlab.data import sources
-from peftlab.data.records import LabelledText, Prompt, Text
+from peftlab.data.records import LabelledText, Prompt, SummaryPair, Text
 from peftlab.data.sources import load_records
 from peftlab.errors import UserError
 
@@ -107,12 +109,130 @@ def test_an_unreachable_hub_names_what_loads_offline():
         load_records("some/reviews:test", "classify")
 
 
-def test_rows_of_a_hub_dataset_are_checked_and_mapped(monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """What `datasets` would give: a dict from (repository, config, split) to rows, to be filled by the test."""
     import datasets
 
-    rows = [{"review": "good", "label": 1}, {"review": " ", "label": 0}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows[: 1 if split == "good" else 2])
+    there: dict = {}
+
+    def load_dataset(name, config=None, *, split):
+        if (name, config, split) not in there:
+            raise ValueError(f"Unknown split {split!r}.\nShould be one of {[split for *_, split in there]}.")
+        return there[name, config, split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return there
+
+
+def test_rows_of_a_hub_dataset_are_checked_and_mapped(hub):
+    hub["some/reviews", None, "good"] = [{"review": "good", "label": 1}]
+    hub["some/reviews", None, "train"] = [{"review": "good", "label": 1}, {"review": " ", "label": 0}]
     found = load_records("some/reviews:good", "classify", columns={"text": "review"})
     assert found.records == [LabelledText("0", "good", 1)]
-    with pytest.raises(UserError, match="some/reviews:train: row 1: text: empty"):
+    with pytest.raises(UserError, match=r"1 of 2 rows.*\nsome/reviews:train: row 1: text: empty\ncolumns maps"):
         load_records("some/reviews", "classify", columns={"text": "review"})
+
+
+def test_an_id_of_a_hub_dataset_is_given_once(hub):
+    hub["some/reviews", None, "train"] = [{"id": "a", "text": "x"}, {"id": 7, "text": "x"}, {"id": "a", "text": "x"}]
+    with pytest.raises(UserError, match="row 2: id: 'a' is also in row 0"):
+        load_records("some/reviews", "sft")
+
+
+def test_a_config_stands_behind_an_at_sign(hub):
+    hub["abisee/cnn_dailymail", "3.0.0", "test"] = [{"article": "long", "highlights": "short"}]
+    columns = {"document": "article", "summary": "highlights"}
+    found = load_records("abisee/cnn_dailymail@3.0.0:test", "summarize", columns=columns)
+    assert found.records == [SummaryPair("0", "long", "short")]
+    with pytest.raises(UserError, match=r"cnn_dailymail:test: .*ValueError: Unknown split 'test'. Should be one of"):
+        load_records("abisee/cnn_dailymail:test", "summarize", columns=columns)
+
+
+def test_a_dataset_of_the_libraries_own_format_loads(monkeypatch, tmp_path):
+    """Files that `datasets` wrote, read by `datasets`; only the Hub's answer is ours."""
+    import datasets
+
+    rows = {"dialogue": ["A: hi\nB: ho", "A: no"], "summary": ["They greet.", "A refuses."], "id": ["x", "y"]}
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    load = datasets.load_dataset
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config, split: load(str(tmp_path), config, split=split, cache_dir=cache)
+    )
+    found = load_records("knkarthick/samsum:test", "summarize", columns={"document": "dialogue"})
+    assert found.records == [SummaryPair("x", "A: hi\nB: ho", "They greet."), SummaryPair("y", "A: no", "A refuses.")]
+    with pytest.raises(UserError, match="Unknown split"):
+        load_records("knkarthick/samsum:validation", "summarize", columns={"document": "dialogue"})
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (["neg", "pos"], None, [0, 1]),
+        (["pos", "neg"], None, [1, 0]),
+        (["neg", "pos"], ["pos", "neg"], [1, 0]),
+        (["World", "Sport"], ["sport", "world"], [1, 0]),
+        (["1 star", "5 stars"], ["bad", "good"], [0, 1]),  # the names are the user's own: classes go by number
+    ],
+)
+def test_classes_of_a_dataset_go_by_their_names(names, labels, expected, hub):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "kind": ClassLabel(names=names)})
+    hub["some/texts", None, "train"] = Dataset.from_dict({"text": ["a", "b"], "kind": [0, 1]}, features=features)
+    found = load_records("some/texts", "classify", labels=labels, columns={"label": "kind"})
+    assert [record.label for record in found.records] == expected
+
+
+def test_an_unlabelled_row_of_a_dataset_is_a_bad_row(hub):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    hub["some/texts", None, "train"] = Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features)
+    with pytest.raises(UserError, match="row 0: label: -1 is not one of"):
+        load_records("some/texts", "classify")
+
+
+def test_reviews_go_by_the_names_of_their_classes():
+    turned = load_records("imdb:train", "classify", labels=["Positive", "negative"]).records
+    assert [row.label for row in turned] == [1 - row.label for row in REVIEWS]
+    three = load_records("imdb:train", "classify", labels=["neg", "neutral", "pos"]).records
+    assert [row.label for row in three] == [2 * row.label for row in REVIEWS]
+    for labels in (["ham", "spam"], ["positive", "other"], ["1", "2", "3", "4", "5"]):
+        with pytest.raises(UserError, match="imdb:train: has the classes negative and positive; labels has"):
+            load_records("imdb:train", "classify", labels=labels)
+
+
+def test_bad_rows_can_be_skipped_and_are_told(tmp_path):
+    path, clean = tmp_path / "some.jsonl", tmp_path / "clean.jsonl"
+    lines = ['{"id": "a", "text": "one"}', '{"text": ""}', "{", '{"id": "b", "text": "two"}']
+    path.write_text("\n".join(lines))
+    clean.write_text("\n".join([lines[0], lines[3]]))
+    found = load_records(str(path), "sft", on_bad_row="skip")
+    assert [record.text for record in found.records] == ["one", "two"]
+    assert [place for place, _ in found.skipped] == [f"{path}:2", f"{path}:3"]
+    assert [reason.split(":")[0] for _, reason in found.skipped] == ["text", "not valid JSON"]
+    good = load_records(str(clean), "sft", on_bad_row="skip")
+    assert good.sha256 == found.sha256 == load_records(str(clean), "sft").sha256 and not good.skipped
+    both = load_records(f"{path}+{path}", "sft", on_bad_row="skip")
+    assert len(both.records) == len(both.skipped) == 4
+
+
+def test_data_without_a_usable_row_is_refused_even_where_bad_rows_are_skipped(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": ""}\n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"holds no usable row; .*bad.jsonl:1: text: empty"):
+        load_records(str(path), "sft", on_bad_row="skip")
+
+
+def test_the_command_that_lists_all_bad_rows_can_be_typed(tmp_path):
+    path = tmp_path / "my rows.csv"
+    path.write_text("a review,stars\n" + ",9\n" * 7)
+    with pytest.raises(UserError) as caught:
+        load_records(str(path), "classify", labels=["x", "y"], columns={"text": "a review", "label": "stars"})
+    command = re.search("`(.*)`", str(caught.value))[1]
+    outcome = commands.peftlab(command.removeprefix("peftlab "))
+    assert outcome.out.endswith("7 rows, 7 bad\n") and outcome.out.count("text: empty") == 7

@@ -1,17 +1,23 @@
-"""Reading the user's files: every bad row is found in one pass and named by its line. No torch."""
+"""The user's rows become records: every bad row is found in one pass and named by its line. No torch.
+
+Files are read row by row, so a check needs the memory of one row and of the ids.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .records import KINDS, Record, parse_row, row_id, shown
+from .readers import READERS, Row
+from .records import FIELDS, KINDS, Record, parse_row, row_id, shown
+
+# The shapes of a row of `sft`: a mapping that names one means it, whatever other columns are called.
+SHAPES = ({"text"}, {"prompt", "completion"}, {"messages"})
+Found = tuple[int, Record | str]  # a row's line and its record, or the reason why it is bad
 
 
 @dataclass
@@ -26,7 +32,21 @@ class CheckResult:
 def check_file(
     path: Path, kind: str, labels: Sequence[str] | None = None, columns: Mapping[str, str] | None = None
 ) -> CheckResult:
-    """Parse a JSONL, CSV or Parquet file for a kind of job. `columns` maps a field to the file's column.
+    """What `scan_file` finds, gathered."""
+    result = CheckResult()
+    for line, found in scan_file(path, kind, labels, columns):
+        result.rows += 1
+        if isinstance(found, str):
+            result.bad.append((line, found))
+        else:
+            result.records.append(found)
+    return result
+
+
+def scan_file(
+    path: Path, kind: str, labels: Sequence[str] | None = None, columns: Mapping[str, str] | None = None
+) -> Iterator[Found]:
+    """Every row of a JSONL, CSV or Parquet file for a kind of job, in order. `columns` maps a field to its column.
 
     A leading BOM and CRLF are accepted; blank lines are no rows. A CSV row's line is where it begins, a
     Parquet row's line is its number. Raises UserError where the file itself is unusable.
@@ -36,99 +56,82 @@ def check_file(
     read = READERS.get(path.suffix.lower())
     if read is None:
         raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}")
-    result = CheckResult()
-    seen: dict[str, int] = {}
     try:
-        for line, row in read(path):
-            result.rows += 1
-            try:
-                if isinstance(row, ValueError):  # the line could not be read as a row
-                    raise row
-                row = rename_columns(row, columns)
-                record = parse_row(kind, row, result.rows - 1, labels)
-                _refuse_twin(row, line, seen)
-                result.records.append(record)
-            except ValueError as error:
-                result.bad.append((line, str(error)))
+        yield from scan_rows(read(path), kind, labels, columns)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or str(error).splitlines()[0]}") from None
-    return result
+
+
+def scan_rows(
+    rows: Iterable[Row],
+    kind: str,
+    labels: Sequence[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    place: str = "line",
+) -> Iterator[Found]:
+    """Each row's record, or why it is none. Results are told apart by id, so an id that is given is given once."""
+    seen: dict[str, int] = {}
+    for number, (line, row) in enumerate(rows):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            row = rename_columns(row, columns)
+            record = parse_row(kind, row, number, labels)
+            identity = row_id(row)
+            if identity is not None and seen.setdefault(identity, line) != line:
+                raise ValueError(f"id: {shown(identity)} is also in {place} {seen[identity]}")
+            yield line, record
+        except ValueError as error:
+            yield line, str(error)
 
 
 def rename_columns(row: Any, columns: Mapping[str, str] | None) -> Any:
-    """The row with each field of `columns` taken from the column it names; no mapping, no change."""
+    """The row with each field of `columns` taken from the column it names, and from no other.
+
+    A field whose column is not in the row is missing, even where a column has the field's name.
+    """
     if not columns or not isinstance(row, Mapping):
         return row
-    return {**row, **{name: row[column] for name, column in columns.items() if column in row}}
+    hidden = set(columns)
+    for shape in SHAPES:
+        if shape & columns.keys():
+            hidden |= set().union(*SHAPES) - shape
+    kept = {name: value for name, value in row.items() if name not in hidden}
+    return kept | {name: row[column] for name, column in columns.items() if column in row}
 
 
-def _refuse_twin(row: Mapping[str, Any], line: int, seen: dict[str, int]) -> None:
-    """Results are told apart by id, so an id that a file gives must be given once."""
-    identity = row_id(row)
-    if identity is not None and seen.setdefault(identity, line) != line:
-        raise ValueError(f"id: {shown(identity)} is also in line {seen[identity]}")
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    for line, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            yield line, json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield line, ValueError(f"not UTF-8 at byte {error.start + 1}")
-        except json.JSONDecodeError as error:
-            yield line, ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
-        except (ValueError, RecursionError):  # a number of thousands of digits, or of brackets
-            yield line, ValueError("not valid JSON: a number too long or nested too deep")
-
-
-def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+def column_pairs(pairs: Sequence[str]) -> dict[str, str]:
+    """FIELD=COLUMN as typed on the command line. Raises UserError."""
+    columns = {}
+    for pair in pairs:
+        name, equals, column = pair.partition("=")
+        if not equals or not column:
+            raise UserError(f"--columns {pair}: expected FIELD=COLUMN, for example text=review")
+        columns[name] = column
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start + 1}; save it as UTF-8") from None
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-    except csv.Error as error:
-        raise UserError(f"{path}:1: not valid CSV: {error}") from None
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{path}:1: the column {shown(twice)} appears twice")
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, ValueError(f"not valid CSV: {error}")
-            continue
-        if not cells or (len(cells) == 1 < len(header) and not cells[0].strip()):
-            continue
-        if len(cells) != len(header):
-            yield line, ValueError(f"{len(cells)} cells, but the header has {len(header)}")
-        else:
-            yield line, dict(zip(header, cells, strict=True))
+        known_fields(columns)
+    except ValueError as error:
+        raise UserError(f"--columns: {error}") from None
+    return columns
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow.parquet
-    from pyarrow.lib import ArrowInvalid
+def class_names(labels: str | None) -> list[str] | None:
+    """Names divided by commas, as typed on the command line. Raises UserError."""
+    if labels is None:
+        return None
+    names = [name.strip() for name in labels.split(",")]
+    if len({name.lower() for name in names} - {""}) < max(2, len(names)):
+        raise UserError(f"--labels {labels}: expected two or more different names, divided by commas")
+    return names
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    yield from enumerate(table.to_pylist(), 1)
 
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+def known_fields(columns: Mapping[str, str]) -> Mapping[str, str]:
+    """`columns` itself. Raises ValueError where a key is no field of any row."""
+    for name in columns:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(FIELDS)}"
+            raise ValueError(f"{shown(name)} is no field of a row; {hint}")
+    return columns

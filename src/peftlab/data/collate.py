@@ -22,3 +22,15 @@ def collate_language(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
         name: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
         for name, value in fill.items()
     }
+
+
+def collate_seq2seq(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask (B, longest input) and labels (B, longest target), padded behind.
+
+    Labels are -100 where padded; an encoder-decoder shifts them to the right itself to feed its decoder.
+    """
+    width, answer = (max(len(row[name]) for row in rows) for name in ("input_ids", "labels"))
+    ids = [row["input_ids"] + [pad_id] * (width - len(row["input_ids"])) for row in rows]
+    mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
+    labels = [row["labels"] + [IGNORED] * (answer - len(row["labels"])) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels)}

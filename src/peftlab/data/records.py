@@ -5,14 +5,22 @@ Every record has an `id`: the row's own, or its 0-based number.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("sft", "classify", "summarize", "preferences", "prompts")
 LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
 ROLES = ("system", "user", "assistant")
+# Every field that some kind of row has, and that `columns` may map.
+FIELDS = ("id", "text", "label", "prompt", "completion", "messages", "document", "summary", "chosen", "rejected")
+# Bytes of a line or characters of a text: what reaches it is a file without line ends rather than a text to learn.
+LONGEST = 10_000_000
+# C0 and DEL without tab, newline and carriage return. C1 stays: thousands of web texts hold a stray one.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,12 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """What is given, and what is learned."""
+    """What is given, and what is learned; `label` where the row is of a class."""
 
     id: str
     prompt: str
     completion: str
+    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,12 @@ def shown(value: Any) -> str:
 
 
 def _missing(row: Mapping[str, Any], field: str) -> ValueError:
-    return ValueError(f"{field}: missing; the row has {', '.join(map(shown, row)) or 'no fields'}")
+    return ValueError(f"{field}: missing; the row has {_listed(map(shown, row)) or 'no fields'}")
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    first = [*itertools.islice(names, most + 1)]
+    return ", ".join(first if len(first) <= most else [*first[:most], "..."])
 
 
 def _encodable(text: str, where: str) -> str:
@@ -135,36 +149,48 @@ def _text(row: Mapping[str, Any], field: str, where: str = "") -> str:
         raise _missing(row, where)
     value = row[field]
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise ValueError(f"{where}: null")
+        raise ValueError(f"{where}: {'null' if value is None else 'NaN'}")
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected text, not {shown(value)}")
     if not value.strip():
         raise ValueError(f"{where}: empty")
-    if "\0" in value:
-        raise ValueError(f"{where}: holds a NUL character")
+    if len(value) >= LONGEST:
+        raise ValueError(f"{where}: {len(value):,} characters; expected fewer than {LONGEST:,}")
+    if control := _CONTROL.search(value):
+        found = f"U+{ord(control[0]):04X} at character {control.start() + 1}"
+        raise ValueError(f"{where}: holds the control character {found}")
     return _encodable(value, where)
+
+
+def known_labels(labels: Sequence[str] | None) -> dict[str, int]:
+    """What a row may call its class, in lower case, and the class; `labels` names the classes in order."""
+    if not labels:
+        return LABELS
+    names = {name.lower(): i for i, name in enumerate(labels)}
+    # Where a name is a number, as of stars from 1 to 5, numbers are names: counting from 0 would confuse the two.
+    return names if any(map(str.isdigit, names)) else {str(i): i for i in range(len(labels))} | names
 
 
 def _label(row: Mapping[str, Any], labels: Sequence[str] | None) -> int:
     if "label" not in row:
         raise _missing(row, "label")
-    value = row["label"]
-    known = LABELS
-    if labels:
-        # A name wins over a number: labels = ["1", "0"] means what it says.
-        known = {str(i): i for i in range(len(labels))} | {name.lower(): i for i, name in enumerate(labels)}
-    number = isinstance(value, int | float) and not isinstance(value, bool) and value in range(len(known))
-    key = str(int(value)) if number else value.strip().lower() if isinstance(value, str) else ""
+    value, known = row["label"], known_labels(labels)
+    key = value.strip().lower() if isinstance(value, str) else ""
+    # NaN, infinity and what is longer than Python prints are no numbers of a class.
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10**9 and value == int(value):
+        key = str(int(value))
     if key not in known:
-        raise ValueError(f"label: {shown(value)} is not one of {', '.join(known)}")
+        raise ValueError(f"label: {shown(value)} is not one of {_listed(known)}")
     return known[key]
 
 
-def _sft(row: Mapping[str, Any], identity: str, _: Sequence[str] | None) -> Record:
+def _sft(row: Mapping[str, Any], identity: str, labels: Sequence[str] | None) -> Record:
     if "messages" in row:
         return Conversation(identity, _messages(row["messages"]))
     if "prompt" in row or "completion" in row:
-        return PromptCompletion(identity, _text(row, "prompt"), _text(row, "completion"))
+        # Here a label only serves the rubric: a column of that name that means something else is no defect.
+        label = known_labels(labels).get(str(row.get("label")).strip().lower())
+        return PromptCompletion(identity, _text(row, "prompt"), _text(row, "completion"), label)
     if "text" not in row:
         raise _missing(row, "text (or prompt and completion, or messages)")
     return Text(identity, _text(row, "text"))
@@ -173,7 +199,7 @@ def _sft(row: Mapping[str, Any], identity: str, _: Sequence[str] | None) -> Reco
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise ValueError(f"messages: expected a list of {{role, content}}, not {shown(value)}")
-    turns = []
+    turns: list[Message] = []
     for index, turn in enumerate(value):
         where = f"messages[{index}]"
         if not isinstance(turn, Mapping):
@@ -182,6 +208,10 @@ def _messages(value: Any) -> tuple[Message, ...]:
             raise ValueError(f"{where}.role: {shown(turn.get('role'))} is not one of {', '.join(ROLES)}")
         if turn["role"] == "system" and index:
             raise ValueError(f"{where}.role: a system turn can only be the first")
+        before = turns[-1].role if turns and turns[-1].role != "system" else "assistant"
+        if turn["role"] == before:
+            wanted = "user" if before == "assistant" else "assistant"
+            raise ValueError(f"{where}.role: expected {wanted}, not {before}; the user begins, then they take turns")
         turns.append(Message(turn["role"], _text(turn, "content", f"{where}.content")))
     if turns[-1].role != "assistant":
         raise ValueError("messages: the last turn must be the assistant's, which is what is learned")

@@ -1,6 +1,6 @@
 """A data spec becomes records: bundled names with their blocks, the user's files, Hub datasets.
 
-    imdb:train      imdb:judge+rotten-tomatoes      reviews.jsonl      stanfordnlp/imdb:train
+    imdb:train      imdb:judge+rotten-tomatoes      reviews.jsonl      OWNER/NAME@CONFIG:SPLIT
 """
 
 from __future__ import annotations
@@ -8,27 +8,32 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UserError
-from .check import READERS, check_file, rename_columns
+from .check import scan_file, scan_rows
 from .imdb import BLOCKS, ROTTEN, load_block
-from .records import LabelledText, Prompt, Record, Text, parse_row
+from .joined import COLUMNS, joined_records
+from .readers import READERS, Row
+from .records import LABELS, LabelledText, Prompt, Record, Text, known_labels
 
+Skipped = list[tuple[str, str]]  # (place, reason) of each row left out
 ERRORS_SHOWN = 5
 OFFLINE = f"imdb:train, {ROTTEN}, or a local {', '.join(READERS)} file"
 
 
 @dataclass(frozen=True)
 class RecordSet:
-    """Records in a deterministic order, and the sha256 of their content."""
+    """Records in a deterministic order, the sha256 of their content, and (place, reason) of the rows left out."""
 
     records: list[Any]
     name: str
     sha256: str
+    skipped: Sequence[tuple[str, str]] = ()
 
 
 def load_records(
@@ -38,42 +43,59 @@ def load_records(
     seed: int = 0,
     labels: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
 ) -> RecordSet:
     """Records of every part of `spec`, in order; `limit` draws that many (seeded, in a random order).
 
-    `labels` names the classes of the user's rows and `columns` maps fields to their columns. Raises UserError
-    for unknown names, bad rows (the first few by line, and how many) and empty data.
+    `labels` names the classes and `columns` maps fields to columns of the user's rows. Raises UserError for unknown
+    names, for bad rows unless they are to be skipped (the first few by line, and how many), and for empty data.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data {spec}: a limit of {limit} leaves no rows; give 1 or more, or no limit")
     records: list[Record] = []
+    skipped: Skipped = []
     for part in [spec] if Path(spec).is_file() else spec.split("+"):
-        records += _load_part(part.strip(), kind, labels, columns)
+        records += _load_part(part.strip(), kind, labels, columns, skipped if on_bad_row == "skip" else None)
     if not records:
-        raise UserError(f"data {spec}: holds no rows")
+        why = f"no usable row; {skipped[0][0]}: {skipped[0][1]}" if skipped else "no rows"
+        raise UserError(f"data {spec}: holds {why}")
     if limit is not None and limit < len(records):
         records = random.Random(seed).sample(records, limit)
-    return RecordSet(records, spec, _digest(records))
+    return RecordSet(records, spec, _digest(records), skipped)
 
 
 def _load_part(
-    part: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None
+    part: str,
+    kind: str,
+    labels: Sequence[str] | None,
+    columns: Mapping[str, str] | None,
+    skipped: Skipped | None,
 ) -> list[Record]:
     if Path(part).suffix.lower() in READERS:
-        return _from_file(part, kind, labels, columns)
+        found = ((f"{part}:{line}", row) for line, row in scan_file(Path(part), kind, labels, columns))
+        return _usable(found, f"`{_check_command(part, kind, labels, columns)}` lists them all", skipped)
     name, _, split = part.partition(":")
     if name == "imdb":
         if split not in BLOCKS:
             raise UserError(f"data {part}: imdb has the splits {', '.join(BLOCKS)}; for example imdb:train")
-        return _as_kind(load_block(split), kind, part)
+        return _as_kind(load_block(split), kind, part, labels)
+    if name in COLUMNS:
+        return joined_records(part, kind)
     if part == ROTTEN:
-        return _as_kind(load_block(ROTTEN), kind, part)
+        return _as_kind(load_block(ROTTEN), kind, part, labels)
     if "/" in name and not Path(name).exists():
-        return _from_hub(name, split or "train", kind, labels, columns)
+        rows = scan_rows(_from_hub(name, split or "train", labels, columns), kind, labels, columns, "row")
+        found = ((f"{name}:{split or 'train'}: row {number}", row) for number, row in rows)
+        return _usable(found, "columns maps a field to a column", skipped)
     raise UserError(f"data {part}: no such data; give imdb:SPLIT, a Hub dataset's OWNER/NAME, or {OFFLINE}")
 
 
-def _as_kind(rows: Iterable[LabelledText], kind: str, name: str) -> list[Record]:
+def _as_kind(rows: Iterable[LabelledText], kind: str, name: str, labels: Sequence[str] | None) -> list[Record]:
+    if kind == "classify" and labels:
+        classes = {LABELS[label.lower()]: number for number, label in enumerate(labels) if label.lower() in LABELS}
+        if len(classes) < 2:
+            raise UserError(f"data {name}: has the classes negative and positive; labels has {', '.join(labels)}")
+        return [LabelledText(row.id, row.text, classes[row.label]) for row in rows]
     if kind == "classify":
         return list(rows)
     if kind == "sft":
@@ -83,42 +105,69 @@ def _as_kind(rows: Iterable[LabelledText], kind: str, name: str) -> list[Record]
     raise UserError(f"data {name}: holds labelled reviews, which do not serve {kind}")
 
 
-def _from_file(
-    part: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None
-) -> list[Record]:
-    result = check_file(Path(part), kind, labels, columns)
-    if not result.bad:
-        return result.records
-    lines = [f"{len(result.bad)} of {result.rows} rows are not usable:"]
-    lines += [f"{part}:{line}: {reason}" for line, reason in result.bad[:ERRORS_SHOWN]]
-    if len(result.bad) > ERRORS_SHOWN:
-        rest = len(result.bad) - ERRORS_SHOWN
-        lines.append(f"... and {rest} more; `peftlab data check {part} --for {kind}` lists them all")
-    raise UserError("\n".join(lines))
+def _check_command(
+    file: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None
+) -> str:
+    """What to type for a list of every bad row."""
+    words = ["peftlab", "data", "check", file, "--for", kind]
+    words += ["--labels", ",".join(labels)] if labels else []
+    for name, column in (columns or {}).items():
+        words += ["--columns", f"{name}={column}"]
+    return shlex.join(words)
+
+
+def _usable(found: Iterable[tuple[str, Record | str]], hint: str, skipped: Skipped | None) -> list[Record]:
+    """The records among what was found by place. Bad rows are added to `skipped`, or refused where it is None."""
+    records: list[Record] = []
+    bad: Skipped = []
+    for place, row in found:
+        if isinstance(row, str):
+            bad.append((place, row))
+        else:
+            records.append(row)
+    if skipped is not None:
+        skipped += bad
+    elif bad:
+        lines = [f"{len(bad)} of {len(records) + len(bad)} rows are not usable:"]
+        lines += [f"{place}: {reason}" for place, reason in bad[:ERRORS_SHOWN]]
+        rest = f"... and {len(bad) - ERRORS_SHOWN} more; " if len(bad) > ERRORS_SHOWN else ""
+        lines.append(f"{rest}{hint}; on_bad_row=skip in a supervised job's config leaves them out")
+        raise UserError("\n".join(lines))
+    return records
 
 
 def _from_hub(
-    name: str, split: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None
-) -> list[Record]:
+    name: str, split: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None
+) -> Iterator[Row]:
+    """Rows of OWNER/NAME or OWNER/NAME@CONFIG, numbered from 0. A class goes by its name where `labels` has one."""
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
 
+    repository, _, config = name.partition("@")
     try:
         if not constants.HF_HUB_OFFLINE:  # asked first, since datasets retries for half a minute
-            HfApi().dataset_info(name, timeout=10)
-        rows = load_dataset(name, split=split)
+            HfApi().dataset_info(repository, timeout=10)
+        rows = load_dataset(repository, config or None, split=split)
     except Exception as error:  # a dozen kinds for "cannot reach" and "does not exist"
+        # datasets says which configs and splits there are, in a ValueError of many lines.
+        detail = f": {' '.join(str(error).split())[:200]}" if type(error) is ValueError else ""
         raise UserError(
-            f"data {name}:{split}: the Hub did not give it ({type(error).__name__}). Offline, use {OFFLINE}; "
+            f"data {name}:{split}: the Hub did not give it ({type(error).__name__}{detail}). Offline, use {OFFLINE}; "
             "with HF_HUB_OFFLINE=1 what was downloaded before loads"
         ) from None
-    records = []
+    column = (columns or {}).get("label", "label")
+    names = _class_names(rows, column, labels)
     for number, row in enumerate(rows):
-        try:
-            records.append(parse_row(kind, rename_columns(row, columns), number, labels))
-        except ValueError as error:
-            raise UserError(f"data {name}:{split}: row {number}: {error}; columns maps fields") from None
-    return records
+        value = row.get(column)
+        if names and isinstance(value, int) and 0 <= value < len(names):
+            row = {**row, column: names[value]}
+        yield number, row
+
+
+def _class_names(rows: Any, column: str, labels: Sequence[str] | None) -> list[str]:
+    """The names that the dataset gives its classes; none where `labels` knows none of them and so goes by number."""
+    names = getattr((getattr(rows, "features", None) or {}).get(column), "names", None) or []
+    return names if known_labels(labels).keys() & {name.lower() for name in names} else []
 
 
 def _digest(records: Iterable[Record]) -> str:

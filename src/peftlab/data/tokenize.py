@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +12,19 @@ IGNORED = -100
 # A full stop, or its like, before white space; quotes and brackets may close behind it.
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s)""")
 Row = dict[str, list[int]]
+# The chat template of models that bring none, GPT-2's class: roles and turns in plain words.
+PLAIN_CHAT = (
+    "{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}\n\n"
+    "{% else %}{{ message.role | capitalize }}:\n{{ message.content }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+
+
+def sentences(text: str) -> list[str]:
+    """A text cut behind each SENTENCE_END, white space around the parts removed; what ends without one is the last."""
+    cuts = [0, *(found.end() for found in SENTENCE_END.finditer(text)), len(text)]
+    parts = (text[start:end].strip() for start, end in itertools.pairwise(cuts))
+    return [part for part in parts if part]
 
 
 def document_ids(texts: Sequence[str], tokenizer: Any, limit: int = 0) -> list[list[int]]:
@@ -21,20 +35,21 @@ def document_ids(texts: Sequence[str], tokenizer: Any, limit: int = 0) -> list[l
     """
     end: int = tokenizer.eos_token_id
     if not limit:
-        return [[*row, end] for row in _encode(texts, tokenizer)]
+        return [[*row, end] for row in encode(texts, tokenizer)]
     rows = []
-    for text, row in zip(texts, _encode([t[: 12 * limit] for t in texts], tokenizer), strict=True):
+    for text, row in zip(texts, encode([t[: 12 * limit] for t in texts], tokenizer), strict=True):
         if len(row) < limit and len(text) <= 12 * limit:
             rows.append([*row, end])
             continue
         fits = len(tokenizer.decode(row[: limit - 1], clean_up_tokenization_spaces=False))
         # One character more: the white space behind a sentence that fills the limit exactly.
         ends = [m.end() for m in SENTENCE_END.finditer(text, 0, fits + 1) if m.end() <= fits]
-        rows.append([*_encode([text[: ends[-1]]], tokenizer)[0][: limit - 1], end] if ends else row[:limit])
+        rows.append([*encode([text[: ends[-1]]], tokenizer)[0][: limit - 1], end] if ends else row[:limit])
     return rows
 
 
-def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each text, without special tokens, uncut."""
     if not texts:  # the tokenizer fails on an empty batch
         return []
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

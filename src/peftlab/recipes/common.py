@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,14 +22,48 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def load_recorded(
-    run: RunDir, spec: str, kind: str, limit: int, seed: int, labels: list[str] | None = None
+class DataConfig(Protocol):
+    """The keys of a supervised recipe's config that say which rows it reads."""
+
+    train_data: str
+    eval_data: str
+    train_limit: int
+    eval_limit: int
+    seed: int
+    columns: dict[str, str]
+    on_bad_row: Literal["stop", "skip"]
+
+
+def load_rows(
+    config: DataConfig, which: Literal["train", "eval"], kind: str, labels: list[str] | None = None
 ) -> RecordSet:
-    """Records with their hash noted in the run; `limit` 0 takes all. A resumed run refuses changed data."""
-    data = load_records(spec, kind, limit=limit or None, seed=seed, labels=labels)
-    # With the limit, since one file may serve both training and evaluation, each with rows of its own.
-    run.record_data(f"{spec}, at most {limit} rows" if limit else spec, data.sha256, len(data.records))
+    """The training or the held-out rows of a config; a limit of 0 takes all."""
+    spec, limit = _rows_asked(config, which)
+    return load_records(spec, kind, limit or None, config.seed, labels, config.columns, config.on_bad_row)
+
+
+def load_recorded(
+    run: RunDir, config: DataConfig, which: Literal["train", "eval"], kind: str, labels: list[str] | None = None
+) -> RecordSet:
+    """`load_rows`, with their hash and what was skipped noted in the run. A resumed run refuses changed data."""
+    data = load_rows(config, which, kind, labels)
+    note_data(run, data, _rows_asked(config, which)[1])
+    if data.skipped:
+        run.record_skipped(which, data.skipped)
+        message = f"{data.name}: {len(data.skipped)} bad rows skipped; {run.path / 'skipped.jsonl'} lists them"
+        print(message, file=sys.stderr)
     return data
+
+
+def note_data(run: RunDir, data: RecordSet, limit: int) -> None:
+    """Notes which rows a run reads, by their hash."""
+    # With the limit, since one file may serve both training and evaluation, each with rows of its own.
+    name = f"{data.name}, at most {limit} rows" if limit else data.name
+    run.record_data(name, data.sha256, len(data.records))
+
+
+def _rows_asked(config: DataConfig, which: Literal["train", "eval"]) -> tuple[str, int]:
+    return (config.train_data, config.train_limit) if which == "train" else (config.eval_data, config.eval_limit)
 
 
 def resume_point(run: RunDir) -> Path | None:

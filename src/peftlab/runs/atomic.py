@@ -65,12 +65,17 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text` in one step: temporary sibling, fsync, rename, fsync of the folder."""
+    """Replaces `path` by `text` in one step."""
+    write_bytes(path, text.encode("utf-8", errors="replace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data` in one step: temporary sibling, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
         try:
             with temporary.open("wb") as file:
-                file.write(text.encode("utf-8", errors="replace"))
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

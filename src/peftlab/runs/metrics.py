@@ -78,6 +78,12 @@ _REGISTRY = [
         healthy=(0, 0.02), better="lower", source="the lab's target; definition: Guo et al. 2017",
     ),
     Metric(
+        "eval/temperature",
+        "What the classifier's logits are divided by before probabilities are taken: fitted on training rows kept "
+        "aside, and saved with the adapter. 1 changes nothing; above 1 it was too sure.",
+        source="Guo et al. 2017",
+    ),
+    Metric(
         "eval/loss",
         "Mean cross-entropy per counted target token (per row for a classifier or pairwise model) over the "
         "held-out rows.",
@@ -86,24 +92,40 @@ _REGISTRY = [
     Metric(
         "eval/perplexity",
         "exp of the total negative log-likelihood of the held-out tokens divided by their number, each "
-        "predicted from the tokens before it in its window.",
+        "predicted from the tokens before it in its window; of an encoder-decoder, the target's tokens, from its "
+        "input too (pretrain: the hidden spans, sentinels and EOS; summarize: the reference summaries).",
         better="lower",
     ),
     Metric(
+        "eval/gap_perplexity",
+        "Perplexity per token of the principal sentences of held-out texts (EOS included), each predicted from the "
+        "whole text, in which it stands, behind the prefix of a summary: how sure a T5 finds and copies it.",
+        better="lower", source="gap sentences: Zhang et al. 2020",
+    ),
+    Metric(
         "eval/rouge1",
-        "ROUGE-1 F-measure x 100: unigram overlap of summary and reference, stemmed, mean over rows.",
+        "ROUGE-1 F-measure x 100: unigram overlap of summary and reference, unstemmed, mean over rows.",
         unit="points", better="higher", source="Lin 2004",
     ),
     Metric(
         "eval/rouge2",
-        "ROUGE-2 F-measure x 100: bigram overlap of summary and reference, stemmed, mean over rows.",
+        "ROUGE-2 F-measure x 100: bigram overlap of summary and reference, unstemmed, mean over rows.",
         unit="points", better="higher", source="Lin 2004",
     ),
     Metric(
         "eval/rougeL",
-        "ROUGE-L F-measure x 100: longest common subsequence of summary and reference, stemmed, mean over "
+        "ROUGE-L F-measure x 100: longest common subsequence of summary and reference, unstemmed, mean over "
         "rows.",
         unit="points", better="higher", source="Lin 2004",
+    ),
+    *(
+        Metric(
+            f"compare/rouge{kind}",
+            f"The same as eval/rouge{kind} for lead-1, the first sentence of each document: what any summarizer has to "
+            "beat.",
+            unit="points", better="higher",
+        )
+        for kind in "12L"
     ),
     Metric(
         "eval/pair_accuracy",
@@ -167,6 +189,43 @@ _REGISTRY = [
     Metric(
         "eval/eos_fraction",
         "Share of the evaluation completions that EOS ended before the length limit.",
+    ),
+    Metric(
+        "rubric/label",
+        "Share of the held-out answers that state the review's true sentiment; an answer that states none misses it.",
+        better="higher",
+    ),
+    Metric(
+        "rubric/explained",
+        "Share of the held-out answers with four words or more beside the label.",
+        better="higher",
+    ),
+    Metric(
+        "rubric/evidence",
+        "Share of the held-out answers that cite the review: a quotation of two words or more, or a run of three, "
+        "that stands in it and is not of common words alone.",
+        better="higher",
+    ),
+    Metric(
+        "rubric/length",
+        "1 for an answer of 6 to 45 words, words / 6 below and 45 / words above, mean over the held-out answers.",
+        better="higher",
+    ),
+    Metric(
+        "rubric/repetition",
+        "Different runs of three words over all such runs of an answer (1 where nothing is said twice), mean over the "
+        "held-out answers.",
+        better="higher",
+    ),
+    Metric(
+        "rubric/ended",
+        "Share of the held-out answers whose last sentence is whole.",
+        better="higher",
+    ),
+    Metric(
+        "rubric/all",
+        "Share of the held-out answers for which every part of the rubric is 1.",
+        better="higher",
     ),
     Metric(
         "invariant/first_kl",
@@ -310,7 +369,11 @@ _REGISTRY = [
         "Largest memory so far: allocated on the accelerator, or resident in the process on CPU.",
         unit="bytes", better="lower",
     ),
-    Metric("data/tokens", "Tokens of the training set in one epoch, without padding.", unit="tokens"),
+    Metric(
+        "data/tokens",
+        "Tokens of the training set in one epoch, without padding; of a T5, inputs and targets.",
+        unit="tokens",
+    ),
     Metric("data/rows", "Rows of the training set in one epoch, after packing.", unit="rows"),
 ]
 METRICS = {entry.name: entry for entry in _REGISTRY}

@@ -133,7 +133,7 @@ class RunDir:
         # to replace.
         ours = {LOCK, "environment.json"}
         if outcome(path)["status"] == "failed":  # before its first figure: once mended, the same command may run
-            ours |= {"config.toml", "events.jsonl", "summary.json", "report.html"}
+            ours |= {"config.toml", "events.jsonl", "summary.json", "report.html", "skipped.jsonl"}
         if any(entry.name not in ours and ".tmp-" not in entry.name for entry in path.iterdir()):
             raise UserError(
                 f"run folder {path} is not empty; --resume continues that run, another --run starts anew"
@@ -203,6 +203,13 @@ class RunDir:
             )
         about["data"][name] = {"sha256": sha256, "rows": rows}
         write_json(file, about)
+
+    def record_skipped(self, data: str, rows: Iterable[tuple[str, str]]) -> None:
+        """Replaces the bad rows, (place, reason) each, that skipped.jsonl tells of `data` ("train", "eval")."""
+        file = self.path / "skipped.jsonl"
+        skipped = [{"data": data, "row": place, "reason": reason} for place, reason in rows]
+        write_rows(file, [*(row for row in read_rows(file) if row["data"] != data), *skipped])
+        self.event("rows_skipped", data=data, rows=len(skipped))
 
     @contextlib.contextmanager
     def session(self) -> Iterator[RunDir]:

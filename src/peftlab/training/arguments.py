@@ -5,10 +5,11 @@ from __future__ import annotations
 import tempfile
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from transformers import TrainingArguments
 
 from ..config import Config
+from ..data.check import known_fields
 from ..models.backbone import pick_device
 
 
@@ -25,6 +26,10 @@ class TrainConfig(Config):
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     save_every: int = Field(0, ge=0)
+    columns: dict[str, str] = Field({}, description="field -> the data's column of it, where its name is another")
+    on_bad_row: Literal["stop", "skip"] = Field("stop", description="skip: train without it, and record it in the run")
+
+    _fields_exist = field_validator("columns")(known_fields)
 
 
 def training_arguments(config: TrainConfig, rows: int) -> TrainingArguments:

@@ -23,11 +23,15 @@ from ..runs.progress import Progress
 from .sampler import BucketSampler
 
 Log = Callable[[Mapping[str, float], int], None]
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 WEIGHTS = "trained.safetensors"
 
 
 class LabTrainer(Trainer):
-    """Trains the parameters of `model` that require gradients. `lengths`: tokens of each training row."""
+    """Trains the parameters of `model` that require gradients. `lengths`: tokens of each training row.
+
+    `loss`: the mean loss of a batch from the model's output and the batch's labels; by default the model's own.
+    """
 
     def __init__(
         self,
@@ -39,8 +43,12 @@ class LabTrainer(Trainer):
         store: CheckpointStore,
         log: Log,
         stop_requested: Callable[[], int | None],
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=Rows(rows), data_collator=collate)
+        given = (lambda outputs, labels, **_: loss(outputs, labels)) if loss else None
+        super().__init__(
+            model=model, args=args, train_dataset=Rows(rows), data_collator=collate, compute_loss_func=given
+        )
         self.lengths, self.store, self.staging = list(lengths), store, ""
         self.remove_callback(PrinterCallback)
         self.stopper = LabCallback(log, stop_requested, args.max_steps)

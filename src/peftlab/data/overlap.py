@@ -1,0 +1,24 @@
+"""How much two texts share: words and n-grams, as ROUGE counts them (Lin 2004). No torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_WORD = re.compile(r"[a-z0-9]+")
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased runs of a-z and 0-9, unstemmed; what else there is (accents too) separates them."""
+    return _WORD.findall(text.lower())
+
+
+def ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of `n` tokens occurs."""
+    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def f_measure(shared: int, found: int, wanted: int) -> float:
+    """2PR / (P + R) with P = shared / found and R = shared / wanted: 2 shared / (found + wanted), 0 where none is."""
+    return 2 * shared / (found + wanted) if shared else 0.0

@@ -1,0 +1,205 @@
+"""`peftlab data preview`: what a model will see of the user's rows, token by token, and what is cut.
+
+The rows are made by the very functions that the recipes train on; the same functions without their limits tell what
+the limits cut. Only the tokenizer loads.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import load_config
+from ..data.prompts import openings
+from ..data.sources import load_records
+from ..data.tokenize import IGNORED
+from ..errors import UserError
+from ..evaluation.summaries import SummaryFormat
+from ..models.adapters import read_stack
+from ..models.backbone import NEEDS, Task
+from ..models.catalog import resolve
+from ..models.classifier import LABEL_NAMES
+from . import classify, load, sft
+from .common import load_rows
+
+SAMPLE = 1000
+UNLIMITED = 10**9
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that a model reads or writes in one go, and which of them count for the loss."""
+
+    name: str
+    ids: list[int]
+    learned: list[bool]
+    blocks: int = 1  # of training, that the tokens go on through
+
+
+Made = tuple[list[list[Piece]], int]  # the pieces of each record, and how many rows they are in training
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a recipe makes rows: its verb, the model it needs, the maker, and the config that limits nothing."""
+
+    verb: str
+    task: Task
+    make: Callable[[Sequence[Any], Any, Any], Made]
+    unlimited: dict[str, Any]
+
+
+def preview(spec: str, kind: str, model: str | None, rows: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """The first `rows` records of `spec` as the job `kind` reads them, and the lengths of a sample of all.
+
+    `model` None is the job's default; `overrides` are key=value pairs of its config. Raises UserError as the job would.
+    """
+    if kind not in JOBS:
+        raise UserError(f"--for {kind}: expected one of {', '.join(JOBS)}")
+    if rows < 0:
+        raise UserError(f"--rows {rows}: give 0 or more")
+    job = JOBS[kind]
+    config: Any = load_config(load(job.verb).CONFIG, None, overrides)
+    config = config.with_(train_data=spec, **({"model": model} if model else {}))
+    tokenizer = _tokenizer(config.model, job.task)
+    records, free = _records(config, kind), config.with_(**job.unlimited)
+    sample = random.Random(config.seed).sample(records, SAMPLE) if len(records) > SAMPLE else records
+    made, training_rows = job.make(sample, tokenizer, config)
+    whole, _ = job.make(sample, tokenizer, free)
+    first = records[:rows]
+    shown = zip(first, job.make(first, tokenizer, config)[0], job.make(first, tokenizer, free)[0], strict=True)
+    return {
+        "job": job.verb,
+        "model": config.model,
+        "records": len(records),
+        "rows": [_row(*triple, tokenizer, config) for triple in shown],
+        "sample": len(sample),
+        "training_rows": training_rows,
+        "labels": dict(Counter(name for record in sample if (name := _label(record, config)))),
+        "lengths": _lengths(made, whole),
+    }
+
+
+def _tokenizer(name: str, task: Task) -> Any:
+    """The tokenizer of a base, or of the base that an adapter stands on."""
+    from transformers import AutoTokenizer
+
+    entry = resolve(name)
+    if entry.kind == "adapter" and task == "causal":
+        entry = resolve(read_stack(entry.path).base)
+    kinds, needs = NEEDS[task]
+    if entry.kind not in kinds:
+        raise UserError(f"model {name}: is of kind {entry.kind}, but this job needs {needs}")
+    return AutoTokenizer.from_pretrained(str(entry.path))
+
+
+def _records(config: Any, kind: str) -> list[Any]:
+    if kind == "prompts":
+        return load_records(config.train_data, kind, seed=config.seed).records
+    own = config.labels if kind == "classify" and config.labels != LABEL_NAMES else None
+    return load_rows(config, "train", kind, own).records
+
+
+def _sft(records: Sequence[Any], tokenizer: Any, config: Any) -> Made:
+    """A text longer than a block goes on in the next one, whose first token is not learned."""
+    made = []
+    for record in records:
+        rows = sft.rows_of([record], tokenizer, config)
+        learned = [label != IGNORED for row in rows for label in row["labels"]]
+        made.append([Piece("row", [token for row in rows for token in row["input_ids"]], learned, len(rows))])
+    return made, len(sft.rows_of(list(records), tokenizer, config))
+
+
+def _classify(records: Sequence[Any], tokenizer: Any, config: Any) -> Made:
+    """Of several views of a text the first, which is the text itself or its opening."""
+    rows = classify.rows_of(list(records), tokenizer, config)
+    return [[_read("text", row["input_ids"])] for row in rows[:: config.views]], len(rows)
+
+
+def _summarize(records: Sequence[Any], tokenizer: Any, config: Any) -> Made:
+    rows = SummaryFormat.of(config.model_dump()).rows(records, tokenizer)
+    made = [
+        [_read("document", row["input_ids"]), Piece("summary", row["labels"], [True] * len(row["labels"]))]
+        for row in rows
+    ]
+    return made, len(rows)
+
+
+def _prompts(records: Sequence[Any], tokenizer: Any, config: Any) -> Made:
+    low, high = config.prompt_tokens
+    rows = openings([record.prompt for record in records], tokenizer, low, high, config.seed)
+    return [[_read("prompt", ids)] for ids in rows], len(rows)
+
+
+def _read(name: str, ids: list[int]) -> Piece:
+    return Piece(name, ids, [False] * len(ids))
+
+
+JOBS = {
+    "sft": Job("sft", "causal", _sft, {"max_length": UNLIMITED, "document_tokens": 0}),
+    "classify": Job("classify", "classifier", _classify, {"max_length": UNLIMITED, "crop": 0.0, "views": 1}),
+    "summarize": Job("summarize", "seq2seq", _summarize, {"max_length": UNLIMITED, "max_summary": UNLIMITED}),
+    "prompts": Job("ppo", "causal", _prompts, {"prompt_tokens": (UNLIMITED, UNLIMITED)}),
+}
+
+
+def _label(record: Any, config: Any) -> str:
+    """What the record's class is called, where the job learns classes."""
+    return config.labels[record.label] if hasattr(config, "labels") else ""
+
+
+def _row(record: Any, seen: list[Piece], whole: list[Piece], tokenizer: Any, config: Any) -> dict[str, Any]:
+    pieces = [_piece(*both, tokenizer) for both in zip(seen, whole, strict=True)]
+    return {"id": record.id, "label": _label(record, config), "pieces": pieces}
+
+
+def _piece(seen: Piece, whole: Piece, tokenizer: Any) -> dict[str, Any]:
+    tokens = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in seen.ids]
+    cuts = [
+        {"after": after, "tokens": len(ids), "text": tokenizer.decode(ids, clean_up_tokenization_spaces=False)}
+        for after, ids in cut_out(whole.ids, seen.ids)
+    ]
+    facts = {"name": seen.name, "blocks": seen.blocks, "whole": len(whole.ids), "cuts": cuts}
+    return {**facts, "tokens": tokens, "learned": seen.learned}
+
+
+def cut_out(whole: list[int], seen: list[int]) -> list[tuple[int, list[int]]]:
+    """What of `whole` is not in `seen`: (how many seen tokens stand before it, the tokens cut).
+
+    `seen` is `whole` without one stretch, or one stretch of it. Where it is neither, as where a text was cut before it
+    became tokens and its end became others, the stretch from the first difference on stands for what was cut.
+    """
+    extra = len(whole) - len(seen)
+    if extra <= 0:
+        return []
+    if whole[extra:] == seen:
+        return [(0, whole[:extra])]
+    if whole[: len(seen)] == seen:
+        return [(len(seen), whole[len(seen) :])]
+    for start in range(1, extra):
+        if whole[start] == seen[0] and whole[start : start + len(seen)] == seen:
+            return [(0, whole[:start]), (len(seen), whole[start + len(seen) :])]
+    front = next(i for i, (a, b) in enumerate(zip(whole, seen, strict=False)) if a != b)
+    return [(front, whole[front : front + extra])]
+
+
+def _lengths(made: list[list[Piece]], whole: list[list[Piece]]) -> list[dict[str, Any]]:
+    """A row a piece, whole and as seen, and one for what is learned: how many tokens, and the share that is cut."""
+    table = []
+    for number, piece in enumerate(made[0]):
+        full, seen = ([len(row[number].ids) for row in rows] for rows in (whole, made))
+        cut = sum(a > b for a, b in zip(full, seen, strict=True)) / len(full)
+        table += [_spread(piece.name, full, cut), _spread(f"{piece.name}, seen", seen, None)]
+    learned = [sum(sum(piece.learned) for piece in row) for row in made]
+    return [*table, _spread("learned", learned, None)] if any(learned) else table
+
+
+def _spread(name: str, lengths: list[int], cut: float | None) -> dict[str, Any]:
+    """The median and the 95th percentile are lengths that occur (nearest rank)."""
+    ordered = sorted(lengths)
+    at = {rank: ordered[max(0, -(-rank * len(ordered) // 100) - 1)] for rank in (50, 95)}
+    share = None if cut is None else f"{cut:.1%}"
+    return {"tokens": name, "min": ordered[0], "median": at[50], "p95": at[95], "max": ordered[-1], "cut": share}
