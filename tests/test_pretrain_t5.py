@@ -1,0 +1,122 @@
+"""`peftlab pretrain architecture=t5` as real runs of seconds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from peftlab.errors import Interrupted, UserError
+from peftlab.evaluation.targets import target_nlls
+from peftlab.models.catalog import resolve
+from peftlab.models.fresh import new_model
+from peftlab.recipes.launch import dry_run, launch
+from peftlab.runs.atomic import read_rows
+from peftlab.runs.rundir import RunDir
+
+T5 = ["architecture=t5", "vocab_size=400", "max_length=96", "max_steps=8", "epochs=3", "lr=1e-2", "save_every=3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with tiny.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("t5")
+    texts = tiny.documents(30)
+    return {
+        "texts": tiny.write_rows(folder / "texts.jsonl", [{"text": text} for text in texts[:20]]),
+        "texts_test": tiny.write_rows(folder / "test.jsonl", [{"text": text} for text in texts[20:]]),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(shop, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    go(shop, root)
+    return root / "t5"
+
+
+def go(shop: dict[str, str], root: Path, *pairs: str, resume: bool = False) -> dict:
+    return launch("pretrain", None, tiny.overrides(shop, "pretrain", *T5, *pairs), root, "t5", resume)
+
+
+def test_it_leaves_a_t5_that_loads_and_is_as_good_as_it_says(whole, shop):
+    summary = json.loads((whole / "summary.json").read_text())
+    assert (summary["status"], summary["artifacts"]) == ("done", {"model": "model"})
+    for name in ("eval/perplexity", "eval/gap_perplexity"):
+        assert 1 < summary["metrics"][name] < summary["baseline"][name]
+        low, high = summary["intervals"][name]
+        assert low <= summary["metrics"][name] <= high
+        assert f"{summary['metrics'][name]:.2f}" in (whole / "model" / "README.md").read_text()
+    assert resolve(str(whole)).kind == "seq2seq"
+    model = AutoModelForSeq2SeqLM.from_pretrained(whole / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
+    assert (model.config.dropout_rate, model.config.use_cache, model.generation_config.use_cache) == (0.0, True, True)
+    text = "the film was good , 雪 !"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer("<extra_id_3>")["input_ids"] == [6, 1]
+    rows = [json.loads(line)["text"] for line in Path(shop["texts_test"]).read_text().splitlines()]
+    batch = tokenizer(rows, padding=True, return_tensors="pt")
+    assert model.generate(**batch, max_new_tokens=4, do_sample=False).shape[0] == len(rows)
+    for file in (whole / "model").glob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            assert {shard.get_tensor(name).dtype for name in shard.keys()} == {torch.float16}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_a_stopped_run_resumes_to_the_same_bits(shop, whole, tmp_path, monkeypatch, step):
+    asked = itertools.count(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "stop_requested", property(lambda _: signal.SIGTERM if next(asked) == step else None))
+        with pytest.raises(Interrupted):
+            go(shop, tmp_path)
+    torch.manual_seed(step)
+    go(shop, tmp_path, resume=True)
+    run = tmp_path / "t5"
+    assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    logs = [
+        [{name: value for name, value in row.items() if not name.startswith("time")} for row in read_rows(path)]
+        for path in (run / "metrics.jsonl", whole / "metrics.jsonl")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_texts_of_one_sentence_train_without_gaps(shop, tmp_path):
+    rows = [{"text": f"the film w{number} was good"} for number in range(12)]
+    data = tiny.write_rows(tmp_path / "short.jsonl", rows)
+    summary = go(shop, tmp_path, f"train_data={data}", f"eval_data={data}", "max_steps=1")
+    assert summary["metrics"].keys() == {"eval/perplexity"}
+
+
+def test_a_dry_run_counts_its_parameters(shop, whole):
+    told = dry_run("pretrain", None, tiny.overrides(shop, "pretrain", *T5, "vocab_size=360"))["parameters"]
+    model = new_model("t5", vocab_size=360, max_length=96, width=16, layers=1, heads=2, dropout=0.1)
+    assert told == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("pair", "words"), [("vocab_size=358", "vocab_size.*359"), ("heads=3", "heads")])
+def test_sizes_that_do_not_fit_are_refused(shop, tmp_path, pair, words):
+    with pytest.raises(UserError, match=words):
+        go(shop, tmp_path, pair)
+
+
+def test_padding_and_order_do_not_change_what_is_measured(whole):
+    model = AutoModelForSeq2SeqLM.from_pretrained(whole / "model", dtype=torch.float32)
+    rows = [{"input_ids": [110 + i] * (i + 2), "labels": [120 + i] * (7 - i)} for i in range(5)]
+    sums, counts = target_nlls(model, rows, 0)
+    assert counts.tolist() == [7, 6, 5, 4, 3]
+    for row, total in zip(rows, sums, strict=True):
+        batch = {name: torch.tensor([ids]) for name, ids in row.items()}
+        assert total == pytest.approx(model(**batch).loss.item() * len(row["labels"]), rel=1e-4)
