@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .calibration import expected_calibration_error
 from .intervals import bootstrap_mean, bootstrap_rows
-
-BINS = 15
 
 
 def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -37,11 +36,3 @@ def macro_f1(predicted: np.ndarray, labels: np.ndarray, classes: int) -> float:
         total = np.sum(predicted == c) + np.sum(labels == c)
         scores.append(2 * hits / total if total else 0.0)
     return float(np.mean(scores))
-
-
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
-    """Sum over equal-width bins of confidence of (share of rows) * |accuracy - mean confidence| (Guo et al. 2017)."""
-    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(np.sum(correct[bin_of == b] - confidence[bin_of == b])) for b in range(bins)]
-    return float(np.sum(gaps) / len(labels))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .adapters import load_stack, read_stack
+from .adapters import load_stack
 from .catalog import resolve
 
 LABEL_NAMES = ["negative", "positive"]
@@ -18,13 +18,15 @@ LABEL_NAMES = ["negative", "positive"]
 
 @dataclass(frozen=True)
 class TextClassifier:
-    """A loaded classifier. `labels` are the names of its classes; longer texts are cut at `max_length` tokens."""
+    """A loaded classifier. `labels` are the names of its classes; of texts over `max_length` tokens it reads opening
+    and ending; its logits are divided by `temperature`, which was fitted so that its probabilities can be trusted."""
 
     name: str
     model: nn.Module
     tokenizer: Any
     labels: list[str]
     max_length: int
+    temperature: float = 1.0
 
     @classmethod
     def load(cls, name: str, device: str = "auto", dtype: str = "float32") -> TextClassifier:
@@ -35,22 +37,17 @@ class TextClassifier:
         backbone, stack = load_stack(name, device=device, dtype=dtype)
         if stack.kind != "classifier":
             raise UserError(f"{name}: is an adapter for text, not a classifier; for example imdb-sentiment")
-        labels = list(stack.extra.get("labels", LABEL_NAMES))
-        return cls(name, backbone.model, backbone.tokenizer, labels, int(stack.extra.get("max_length", 512)))
+        extra = {"labels": LABEL_NAMES, "max_length": 512, "temperature": 1.0, **stack.extra}
+        sizes = int(extra["max_length"]), float(extra["temperature"])
+        return cls(name, backbone.model, backbone.tokenizer, list(extra["labels"]), *sizes)
 
     def logits(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """(N, labels) float32 on the CPU, in the order of `texts`."""
-        return classify_texts(self.model, self.tokenizer, texts, self.max_length, batch_size)
+        return classify_texts(self.model, self.tokenizer, texts, self.max_length, batch_size) / self.temperature
 
     def probabilities(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """softmax of `logits`."""
         return self.logits(texts, batch_size).softmax(-1)
-
-
-def is_classifier(name: str) -> bool:
-    """Whether a name or folder is a classifier adapter; anything else writes text."""
-    entry = resolve(name)
-    return entry.kind == "adapter" and read_stack(entry.path).kind == "classifier"
 
 
 @torch.no_grad()
@@ -59,7 +56,7 @@ def classify_texts(
 ) -> Tensor:
     """Class logits (N, labels) of a sequence-classification model; texts of similar length share a batch."""
     device = next(model.parameters()).device
-    rows = tokenizer(list(texts), truncation=True, max_length=max_length, add_special_tokens=True)["input_ids"]
+    rows = encode(tokenizer, texts, max_length)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     was_training = model.training
     model.eval()
@@ -71,6 +68,14 @@ def classify_texts(
     result = torch.empty_like(torch.cat(parts))
     result[torch.tensor(order)] = torch.cat(parts)
     return result
+
+
+def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Token ids, special tokens included. Of a longer text the first quarter of `max_length` and the last three are
+    kept: a review's verdict often stands at its end (Sun et al. 2019, head + tail)."""
+    head = max_length // 4
+    rows = tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"] if texts else []
+    return [ids if len(ids) <= max_length else [*ids[:head], *ids[head - max_length :]] for ids in rows]
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:

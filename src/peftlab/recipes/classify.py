@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
 from ..errors import UserError
+from ..evaluation.calibration import confusion, fit_temperature, reliability, surest_errors
 from ..evaluation.classification import classification_intervals, classification_metrics
-from ..models.adapters import Lora, Stack, adapter_parameters, attach, save_adapter
+from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, save_adapter
 from ..models.backbone import Backbone, load_backbone
-from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, pad_right
+from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, pad_right
+from ..runs.atomic import write_json
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, require_gradients, resume_point, seed_everything, trained_parameters
+from .common import load_recorded, load_rows, require_gradients, resume_point, seed_everything, trained_parameters
 
 ADAPTER = "policy"
-CROPS = (8, 64)
+CROPS = (6, 48)
+FEWEST_TO_CALIBRATE = 100
+ERRORS_SHOWN = 20
 
 
 class ClassifyConfig(TrainConfig):
@@ -32,12 +38,15 @@ class ClassifyConfig(TrainConfig):
     eval_data: str = "imdb:test"
     train_limit: int = Field(0, ge=0, description="rows to train on, a seeded sample; 0 = all")
     eval_limit: int = Field(0, ge=0)
-    max_length: int = Field(512, ge=8, description="tokens; longer texts are cut")
-    crop: float = Field(0.0, ge=0, le=1, description="share of rows cut to a random opening of 8 to 64 tokens")
+    max_length: int = Field(512, ge=8, description="tokens; longer texts lose their middle")
+    views: int = Field(1, ge=1, description="rows made of a text: itself, and random passages of it")
+    crop: float = Field(0.0, ge=0, le=1, description="share of rows cut to a random opening of 6 to 48 words")
+    teacher: str = Field("", description="a classifier whose probabilities are the targets, instead of the labels")
+    calibrate: float = Field(0.05, ge=0, lt=1, description="share of rows kept to fit the temperature; 0 = none")
     labels: list[str] = Field(LABEL_NAMES, min_length=2)
     compare: str = Field("", description="another classifier, to be measured on the same held-out rows")
     save_dtype: Literal["float32", "bfloat16"] = "float32"
-    lora: Lora = Lora()
+    lora: LoraVariants = LoraVariants()
 
 
 CONFIG = ClassifyConfig
@@ -51,20 +60,20 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         seed_everything(config.seed)
         backbone = _base(config, config.device)
         tokenizer = backbone.tokenizer
-        labels, seed = _own_labels(config), config.seed
-        train = load_recorded(run, config.train_data, "classify", config.train_limit, seed, labels).records
-        held_out = load_recorded(run, config.eval_data, "classify", config.eval_limit, seed, labels).records
+        labels = _own_labels(config)
+        train = load_recorded(run, config, "train", "classify", labels).records
+        held_out = load_recorded(run, config, "eval", "classify", labels).records
         other = TextClassifier.load(config.compare, device=config.device) if config.compare else None
         model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
         require_gradients(adapter_parameters(model, ADAPTER))
-        rows = rows_of(train, tokenizer, config)
+        train, kept = _split(train, config)
+        rows = rows_of(train, tokenizer, config, _teacher(config))
+
+        def logits_of(records: list[Any]) -> torch.Tensor:
+            return classify_texts(model, tokenizer, [r.text for r in records], config.max_length)
+
         truth = np.array([record.label for record in held_out])
-
-        def measure() -> np.ndarray:
-            logits = classify_texts(model, tokenizer, [r.text for r in held_out], config.max_length)
-            return np.asarray(logits.double().softmax(-1))
-
-        before = classification_metrics(measure(), truth)
+        before = classification_metrics(_probabilities(logits_of(held_out)), truth)
         checkpoint = resume_point(run)
         if checkpoint is None:
             run.log(before | {"data/rows": len(rows)}, 0)
@@ -77,33 +86,34 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             run.checkpoints,
             run.log,
             lambda: run.stop_requested,
+            loss=lambda output, targets: F.cross_entropy(output.logits.float(), targets),
         )
         trainer.fit(checkpoint)
         if config.save_dtype == "bfloat16":
             _round(model)
-        probabilities = measure()
-        after = classification_metrics(probabilities, truth)
+        temperature = fit_temperature(logits_of(kept), torch.tensor([r.label for r in kept])) if kept else 1.0
+        probabilities = _probabilities(logits_of(held_out) / temperature)
+        after = classification_metrics(probabilities, truth) | {"eval/temperature": temperature}
         if other is not None:
             guesses = other.logits([r.text for r in held_out]).argmax(-1).numpy()
             after["compare/accuracy"] = float((guesses == truth).mean())
         run.log(after, trainer.state.global_step)
-        extra = {"recipe": "classify", "labels": config.labels, "max_length": config.max_length}
-        stack = Stack("classifier", config.model, backbone.fingerprint, (), extra)
+        run.write_samples(surest_errors(probabilities, held_out, config.labels, ERRORS_SHOWN))
+        tables = {"confusion": confusion(probabilities, truth), "reliability": reliability(probabilities, truth)}
+        write_json(run.path / "classifier.json", {"labels": config.labels, **tables})
+        extra = {"labels": config.labels, "max_length": config.max_length, "temperature": temperature}
+        stack = Stack("classifier", config.model, backbone.fingerprint, (), {"recipe": "classify", **extra})
         save_adapter(model, ADAPTER, run.path / "adapter", stack, dtype=config.save_dtype)
         return run.finish(after, before, classification_intervals(probabilities, truth), {"adapter": "adapter"})
 
 
 def plan(config: ClassifyConfig) -> dict[str, Any]:
     """Sizes of the job, nothing trained."""
-    from ..data.sources import load_records
-
     backbone = _base(config, "cpu")
-    records = load_records(
-        config.train_data, "classify", config.train_limit or None, config.seed, _own_labels(config)
-    ).records
+    records = load_rows(config, "train", "classify", _own_labels(config)).records
     model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
     require_gradients(adapter_parameters(model, ADAPTER))
-    rows = rows_of(records, backbone.tokenizer, config)
+    rows = rows_of(_split(records, config)[0], backbone.tokenizer, config)
     return {
         "rows": len(rows),
         "tokens": sum(len(row["input_ids"]) for row in rows),
@@ -120,19 +130,54 @@ def _base(config: ClassifyConfig, device: str) -> Backbone:
     return backbone
 
 
-def rows_of(records: list[Any], tokenizer: Any, config: ClassifyConfig) -> list[dict[str, Any]]:
-    """Token ids and label of each record. A `crop` share of rows is cut to its opening: the judge reads openings."""
+def rows_of(
+    records: list[Any], tokenizer: Any, config: ClassifyConfig, teacher: TextClassifier | None = None
+) -> list[dict[str, Any]]:
+    """Token ids and target of each view: the label, or the teacher's probabilities of what the view shows."""
     wrong = next((r for r in records if not 0 <= r.label < len(config.labels)), None)
     if wrong is not None:
         raise UserError(f"train_data: row {wrong.id} has label {wrong.label}; labels has {len(config.labels)} names")
-    encoded = tokenizer([r.text for r in records], truncation=True, max_length=config.max_length)["input_ids"]
     draw = random.Random(config.seed)
-    rows = []
-    for record, ids in zip(records, encoded, strict=True):
-        if draw.random() < config.crop:
-            ids = ids[: draw.randint(*CROPS)]
-        rows.append({"input_ids": ids, "label": record.label})
-    return rows
+    views = [(view, record.label) for record in records for view in _views(record.text, config, draw)]
+    texts = [text for text, _ in views]
+    targets = [label for _, label in views] if teacher is None else teacher.probabilities(texts).tolist()
+    encoded = encode(tokenizer, texts, config.max_length)
+    return [{"input_ids": ids, "label": target} for ids, target in zip(encoded, targets, strict=True)]
+
+
+def _views(text: str, config: ClassifyConfig, draw: random.Random) -> list[str]:
+    """The text, or its opening for a `crop` share of texts (rewards and judges read openings); then random passages."""
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    views = [text]
+    if draw.random() < config.crop:
+        views[0] = text[: words[min(len(words), draw.randint(*CROPS)) - 1][1]]
+    for _ in range(config.views - 1):
+        length = draw.randint(min(CROPS[0], len(words)), len(words))
+        start = draw.randint(0, len(words) - length)
+        views.append(text[words[start][0] : words[start + length - 1][1]])
+    return views
+
+
+def _split(records: list[Any], config: ClassifyConfig) -> tuple[list[Any], list[Any]]:
+    """Rows to train on, and those kept to fit the temperature; none are kept where they would be too few to tell."""
+    count = int(config.calibrate * len(records))
+    if count < FEWEST_TO_CALIBRATE:
+        return records, []
+    kept = set(random.Random(config.seed).sample(range(len(records)), count))
+    return [r for i, r in enumerate(records) if i not in kept], [records[i] for i in sorted(kept)]
+
+
+def _teacher(config: ClassifyConfig) -> TextClassifier | None:
+    if not config.teacher:
+        return None
+    teacher = TextClassifier.load(config.teacher, device=config.device)
+    if teacher.labels != config.labels:
+        raise UserError(f"teacher {config.teacher}: knows the labels {teacher.labels}, but labels is {config.labels}")
+    return teacher
+
+
+def _probabilities(logits: torch.Tensor) -> np.ndarray:
+    return np.asarray(logits.double().softmax(-1))
 
 
 def _own_labels(config: ClassifyConfig) -> list[str] | None:

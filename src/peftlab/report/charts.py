@@ -134,7 +134,8 @@ def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Consta
 def _is_constant(name: str, points: Points) -> bool:
     """Whether one number says it all: an unchanging metric, or a size that is logged once."""
     values = {value for _, value in points}
-    return (len(points) > 1 or name.startswith("data/")) and len(values) == 1 and None not in values
+    once = name.startswith(("data/", "eval/temperature"))
+    return (len(points) > 1 or once) and len(values) == 1 and None not in values
 
 
 def _constant(name: str, points: Points) -> Constant:

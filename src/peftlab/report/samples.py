@@ -15,7 +15,7 @@ _SIGNED = frozenset({"kl", "reward", "advantage"})
 
 @dataclass(frozen=True)
 class Side:
-    """What one side wrote, and its measures."""
+    """What one side wrote, and its measures; side is before, after or reference."""
 
     side: str
     completion: str
@@ -24,7 +24,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with what was written before and after."""
+    """One prompt with what was written before and after, and the reference where there is one."""
 
     prompt: str
     sides: list[Side]
@@ -90,6 +90,9 @@ def _pair(sides: dict[str, Row]) -> Pair:
         for side in ("before", "after")
         if side in sides
     ]
+    reference = next((row["reference"] for row in sides.values() if row.get("reference")), None)
+    if reference is not None:
+        shown.append(Side("reference", str(reference), []))
     return Pair(str(next(iter(sides.values())).get("prompt", "")), shown)
 
 

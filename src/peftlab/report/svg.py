@@ -95,29 +95,29 @@ def line_chart(
         top = at_y(min(y_high, y_high if band[1] is None else band[1]))
         bottom = at_y(max(y_low, y_low if band[0] is None else band[0]))
         if bottom > top:
-            parts.append(_rect("band", LEFT, top, WIDTH - LEFT - RIGHT, bottom - top))
+            parts.append(rect("band", LEFT, top, WIDTH - LEFT - RIGHT, bottom - top))
     for tick in nice_ticks(y_low, y_high) if ys else []:
         y = at_y(tick)
-        parts.append(_line("grid", LEFT, y, WIDTH - RIGHT, y))
-        parts.append(_text("tick", LEFT - 6, y + 3.5, compact(tick), "end"))
+        parts.append(segment("grid", LEFT, y, WIDTH - RIGHT, y))
+        parts.append(words("tick", LEFT - 6, y + 3.5, compact(tick), "end"))
     for tick in _whole_ticks(x_low, x_high, xs):
-        parts.append(_text("tick", at_x(tick), HEIGHT - BOTTOM + 14, compact(tick), "middle"))
-    parts.append(_line("axis", LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM))
-    parts.append(_text("unit", LEFT - 6, 10, unit, "start" if len(unit) > 6 else "end"))
-    parts.append(_text("unit", WIDTH - RIGHT, HEIGHT - 3, "step", "end"))
+        parts.append(words("tick", at_x(tick), HEIGHT - BOTTOM + 14, compact(tick), "middle"))
+    parts.append(segment("axis", LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM))
+    parts.append(words("unit", LEFT - 6, 10, unit, "start" if len(unit) > 6 else "end"))
+    parts.append(words("unit", WIDTH - RIGHT, HEIGHT - 3, "step", "end"))
     for index, line in enumerate(lines):
         parts += _curve(f"s{index % 6 + 1}", [(at_x(x), None if y is None else at_y(y)) for x, y in line])
     for marker in markers:
         if _known(marker.value) is not None:
             parts += _marker(marker, at_x(x_low if marker.at == "start" else x_high), at_y(marker.value))
     if not ys:
-        parts.append(_text("empty", WIDTH / 2, HEIGHT / 2, "no finite values", "middle"))
+        parts.append(words("empty", WIDTH / 2, HEIGHT / 2, "no finite values", "middle"))
     return Markup("".join(parts) + "</svg>")
 
 
 def swatch(index: int) -> Markup:
     """The legend's sample of the line of series `index`, counted from 0."""
-    line = _line(f"line s{index % 6 + 1}", 1, 4, 21, 4)
+    line = segment(f"line s{index % 6 + 1}", 1, 4, 21, 4)
     return Markup(f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true">{line}</svg>')
 
 
@@ -177,17 +177,17 @@ def _marker(marker: Marker, x: float, y: float) -> list[str]:
     text_y = min(max(y - 7, TOP + 4), HEIGHT - BOTTOM - 4)
     return [
         f'<circle class="marker {marker.at}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>',
-        _text("mark", x + shift, text_y, f"{marker.label} {number(marker.value)}", anchor),
+        words("mark", x + shift, text_y, f"{marker.label} {number(marker.value)}", anchor),
     ]
 
 
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _rect(kind: str, x: float, y: float, width: float, height: float) -> str:
+def rect(kind: str, x: float, y: float, width: float, height: float) -> str:
     return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
 
 
-def _text(kind: str, x: float, y: float, text: str, anchor: str) -> str:
+def words(kind: str, x: float, y: float, text: str, anchor: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(clean(text))}</text>'

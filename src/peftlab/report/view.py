@@ -9,6 +9,7 @@ from typing import Any
 
 from . import text
 from .charts import Chart, Constant, charts_of
+from .classifier import ClassifierView, classifier_of
 from .figures import Check, Figure, checks_of, figures_of, headline
 from .read import RunFiles, as_number, read_run, stage_folders
 from .samples import Pair, Rollout, pairs_of, rollout_of
@@ -54,6 +55,7 @@ class RunView:
     checks: list[Check]
     chart_groups: list[tuple[str, list[Chart]]]
     constants: list[Constant]
+    classifier: ClassifierView | None
     pairs: list[Pair]
     other_samples: list[list[tuple[str, str]]]
     sample_rows: int
@@ -71,6 +73,7 @@ class RunView:
         sections = [
             ("figures", "Before and after", self.figures or self.checks),
             ("curves", "Curves", self.chart_groups),
+            ("classifier", "Right and wrong", self.classifier),
             ("samples", "Samples", self.pairs or self.other_samples),
             ("rollouts", "Token by token", self.rollouts),
             ("details", "Settings and provenance", True),
@@ -105,6 +108,7 @@ def view_run(path: Path, whole: float | None = None) -> RunView:
         checks=checks_of(run),
         chart_groups=chart_groups,
         constants=constants,
+        classifier=classifier_of(path),
         pairs=pairs,
         other_samples=others,
         sample_rows=run.sample_rows,
