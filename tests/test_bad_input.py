@@ -104,7 +104,6 @@ TRAINING = {
     "sft {FILL} train_data=latin.jsonl": ["latin.jsonl:1", "UTF-8"],
     "sft {FILL} train_data=empty.jsonl": ["empty.jsonl", "no rows"],
     "sft {FILL} train_data=spaces.jsonl": ["spaces.jsonl", "no rows"],
-    "sft {FILL} train_data=talk.jsonl": ["chat template", "messages"],
     "sft {FILL} eval_data=torn.jsonl": ["torn.jsonl:2", "JSON"],
     "sft {FILL} train_data=someone/data": ["someone/data", "Offline"],
     "classify {FILL} train_data=torn.jsonl": ["torn.jsonl:2", "JSON"],

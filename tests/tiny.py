@@ -19,6 +19,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 WORDS = ["the", "a", "film", "movie", "was", "is", "good", "bad", "great", "awful", "i", "it", "and", "but", "not"]
@@ -102,6 +104,20 @@ def encoder_folder(folder: Path, seed: int = 0) -> Path:
     return _save(DistilBertForMaskedLM(config), spelling_tokenizer(encoder=True), folder)
 
 
+def seq2seq(seed: int = 0, **changes: Any) -> Any:
+    """A random T5 built like t5-small (ReLU, tied embeddings), with heads wider than the model; vocabulary 320."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 320, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = T5Config(**{**sizes, **ids, "dropout_rate": 0.0, **changes})
+    return T5ForConditionalGeneration(config).requires_grad_(False).eval()
+
+
+def seq2seq_folder(folder: Path, seed: int = 0) -> Path:
+    """A random T5 with its tokenizer as a folder."""
+    return _save(seq2seq(seed), spelling_tokenizer(), folder)
+
+
 def _save(model: Any, words: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     words.save_pretrained(folder)
@@ -126,6 +142,25 @@ def reviews(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def summaries(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Documents of two to four sentences; the summary is the words of the first, without its end."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        said = [" ".join(draw.choices(WORDS, k=draw.randint(3, 6))) for _ in range(draw.randint(2, 4))]
+        rows.append({"id": f"d{number}", "document": ". ".join(said) + ".", "summary": said[0]})
+    return rows
+
+
+def documents(count: int, seed: int = 0) -> list[str]:
+    """Texts of three to six sentences."""
+    draw = random.Random(seed)
+    return [
+        " ".join(" ".join(draw.choices(WORDS, k=draw.randint(2, 9))) + "." for _ in range(draw.randint(3, 6)))
+        for _ in range(count)
+    ]
+
+
 def workshop(folder: Path) -> dict[str, str]:
     """What recipes need, by the name of their keys: two base models, and files of texts, labels, pairs and prompts."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +169,9 @@ def workshop(folder: Path) -> dict[str, str]:
     return {
         "gpt2": str(causal_folder(folder / "gpt2")),
         "encoder": str(encoder_folder(folder / "encoder")),
+        "t5": str(seq2seq_folder(folder / "t5")),
+        "summaries": write_rows(folder / "summaries.jsonl", summaries(24)),
+        "summaries_test": write_rows(folder / "summaries-test.jsonl", summaries(6, seed=1)),
         "labelled": write_rows(folder / "labelled.jsonl", labelled[:40]),
         "labelled_test": write_rows(folder / "labelled-test.jsonl", labelled[40:]),
         "texts": write_rows(folder / "texts.jsonl", texts[:40]),
@@ -151,6 +189,9 @@ def overrides(shop: Mapping[str, str], verb: str, *pairs: str) -> list[str]:
                 "lora.r=4", "lora.alpha=8", "lr=1e-2", "max_steps=2"],
         "classify": ["model={encoder}", "train_data={labelled}", "eval_data={labelled_test}", "max_length=48",
                      "batch_size=8", "lora.r=4", "lora.alpha=8", "lr=1e-2", "max_steps=2"],
+        "summarize": ["model={t5}", "train_data={summaries}", "eval_data={summaries_test}", "max_length=64",
+                      "max_summary=12", "batch_size=4", "prefix_tokens=5", "prefix_hidden=16", "beams=2", "lora.r=4",
+                      "lora.alpha=8", "lr=1e-2", "max_steps=2"],
         "ppo": ["model={gpt2}", "train_data={prompts}", "eval_data={prompts}", "max_new_tokens=8", "steps=2",
                 "prompts_per_step=8", "minibatch_size=4", "eval_prompts=6", "record_every=1", "lora.r=4",
                 "lora.alpha=8", "lr=1e-2"],

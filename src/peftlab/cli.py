@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Check and list data.", no_args_is_help=True)
+data_app = typer.Typer(help="Check, preview and build data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the config")]
@@ -85,6 +85,7 @@ for _verb, _summary in {
     "pretrain": "Train a small language model from scratch on the training reviews.",
     "sft": "Fine-tune a language model with LoRA on text.",
     "classify": "Fine-tune a classifier with LoRA.",
+    "summarize": "Teach an encoder-decoder to summarize: prefix tuning, LoRA, or all weights.",
     "ppo": "Steer a language model with PPO: only its adapter learns.",
 }.items():
     _training_verb(_verb, _summary)
@@ -123,16 +124,79 @@ def models(as_json: Json = False) -> None:
 def data_check(
     file: Annotated[str, typer.Argument(help="a JSONL, CSV or Parquet file")],
     kind: Annotated[str, typer.Option("--for", help="sft, classify, summarize, preferences or prompts")],
+    columns: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, where the file's name is another")] = None,
+    labels: Annotated[str | None, typer.Option(help="the classes in order, as in negative,neutral,positive")] = None,
 ) -> None:
     """Check every row of a file in one pass, before any model loads."""
-    from .data.check import check_file
+    from .data.check import class_names, column_pairs, scan_file
 
-    result = check_file(Path(file), kind)
-    for line, reason in result.bad:
-        print(f"{file}:{line}: {reason}")
-    print(f"{result.rows} rows, {len(result.bad)} bad")
-    if result.bad:
+    rows = bad = 0
+    for line, found in scan_file(Path(file), kind, class_names(labels), column_pairs(columns or [])):
+        rows += 1
+        if isinstance(found, str):
+            bad += 1
+            print(f"{file}:{line}: {found}")
+    print(f"{rows} rows, {bad} bad")
+    if bad:
         raise typer.Exit(2)
+
+
+@data_app.command("preview")
+def data_preview(
+    spec: Annotated[str, typer.Argument(help="data as in a config: a file, imdb:train, OWNER/NAME:SPLIT")],
+    kind: Annotated[str, typer.Option("--for", help="sft, classify, summarize or prompts")],
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="whose tokenizer; default: the job's own model")] = None,
+    rows: Annotated[int, typer.Option(help="rows to show in full")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show what a model will see: tokens, those that count for the loss, what is cut, and lengths."""
+    from .recipes.preview import preview
+
+    found = preview(spec, kind, model, rows, overrides or [])
+    if as_json:
+        _print(found, True)
+        return
+    from rich.console import Console
+
+    from .recipes.preview_view import show
+
+    show(found, Console())
+    _print_rows(found["lengths"], False)
+
+
+def _build_verb(what: str, summary: str) -> None:
+    """`peftlab data WHAT`, the same options for every data set that is built from the reviews."""
+
+    @data_app.command(what, help=summary)
+    def command(
+        output: Annotated[Path, typer.Option(help="folder to write into")],
+        maker: Annotated[str, typer.Option(help="extractive, model, or both: the first serves where the model fails")]
+        = "both",
+        model: Annotated[str, typer.Option(help="a chat model by name or folder")] = "smollm2-135m",
+        classifier: Annotated[str, typer.Option(help="a sentiment classifier by name or folder")] = "imdb-sentiment",
+        rows: Annotated[int, typer.Option(help="reviews to draw for training")] = 9_000,
+        held_out: Annotated[int, typer.Option(help="reviews to draw for evaluation")] = 1_100,
+        samples: Annotated[int, typer.Option(help="texts that the model writes of a review")] = 4,
+        batch_size: Annotated[int, typer.Option(help="texts written at a time")] = 256,
+        temperature: float = 0.6,
+        seed: int = 0,
+        device: Device = "auto",
+        dtype: Annotated[str, typer.Option(help="the model's: float32 or bfloat16")] = "float32",
+    ) -> None:
+        from .recipes.makers import BuildOptions, build_data, card
+
+        options = BuildOptions(
+            maker, model, classifier, rows, held_out, samples, batch_size, temperature, seed, device, dtype
+        )
+        print(card(build_data(what, options, output)))
+
+
+for _verb, _summary in {
+    "explanations": "Build pairs of a review and why it is positive or negative.",
+    "gist": "Build pairs of a review and what it says in one sentence.",
+}.items():
+    _build_verb(_verb, _summary)
 
 
 @app.command()
@@ -179,7 +243,7 @@ def generate(
 def predict(
     adapter: Annotated[str, typer.Argument(help="an adapter: a bundled name or a folder")],
     text: Annotated[str | None, typer.Option(help="predict this one text")] = None,
-    input: Annotated[Path | None, typer.Option(help="JSONL with a `text` (or `prompt`) a row")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL with a `text` (or `prompt`, or `document`) a row")] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL to write, one row per input row, in order")] = None,
     device: Device = "auto",
 ) -> None:
@@ -192,12 +256,15 @@ def predict(
 @app.command("eval")
 def evaluate(
     stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")],
-    data: Annotated[str, typer.Option(help="held-out data: a name with a split, or a file")] = "imdb:test",
+    data: Annotated[
+        str | None,
+        typer.Option(help="held-out data: a name with a split, or a file; default imdb:test, or imdb-gist:test"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="only this many rows, a seeded sample")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a classifier (accuracy, F1, ECE) or a language model (perplexity) on held-out data."""
+    """Measure a classifier (accuracy, F1, ECE), language model (perplexity) or summarizer (ROUGE) on held-out data."""
     from .recipes.evaluate import evaluate as run_evaluate
 
     _print(run_evaluate(stack, data, limit, device), as_json)

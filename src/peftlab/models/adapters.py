@@ -1,8 +1,9 @@
-"""LoRA adapters: attach, activate, save with a manifest, load with checks, and stack on one base.
+"""Adapters: attach, activate, save with a manifest, load with checks, and stack on one base.
 
 An adapter folder is a plain PEFT adapter (adapter_config.json, adapter_model.safetensors) plus `stack.json`, which
 names its base and the adapters that lie merged under it (copied to `under/0`, `under/1` ...), plus `manifest.json`
-with the sha256 of every file.
+with the sha256 of every file. The lab's own T5 prefix is no PEFT adapter: its weights are `prefix.safetensors`, and its
+adapter_config.json has a `peft_type` that PEFT refuses.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import Config
+from ..data.tokenize import PLAIN_CHAT
 from ..errors import UserError
 from ..runs.checkpoint import verify_manifest, write_manifest
 from .backbone import Backbone, load_backbone, trunk
 from .catalog import resolve
+from .prefix import PREFIX_TYPE, PREFIX_WEIGHTS, attach_prefix, own_prefix, prefix_shapes, write_prefix
 
-Kind = Literal["causal", "classifier"]
+Kind = Literal["causal", "classifier", "seq2seq"]
+# PEFT's name of each kind.
+TASK_TYPES: dict[Kind, str] = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 class Lora(Config):
@@ -36,6 +42,17 @@ class Lora(Config):
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class LoraVariants(Lora):
+    """LoRA and two variants, for supervised training.
+
+    `rslora` scales by alpha / sqrt(r) (Kalajdzievski 2023), so that a larger rank learns as fast as a small one; `dora`
+    learns each column's magnitude apart from its direction (Liu et al. 2024), and so adds no plain delta to W.
+    """
+
+    rslora: bool = False
+    dora: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,14 @@ class Stack:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+def stack_over(name: str, under: Stack, tokenizer: Any, **extra: Any) -> Stack:
+    """The stack of a new text adapter trained on `name`, whose own stack is `under`: an adapter lies merged below."""
+    entry = resolve(name)
+    merged = (*under.under, Path(entry.path)) if entry.kind == "adapter" else ()
+    template = {"chat_template": "plain"} if tokenizer.chat_template == PLAIN_CHAT else {}
+    return Stack("causal", under.base, under.fingerprint, merged, {**extra, **template})
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Leaf names of every linear layer inside the transformer (heads and embeddings excluded)."""
     from transformers.pytorch_utils import Conv1D
@@ -56,7 +81,7 @@ def linear_names(model: nn.Module) -> list[str]:
     linear = (n for n, m in trunk(model).named_modules() if isinstance(m, nn.Linear | Conv1D))
     # A layer that has adapters already appears as NAME.base_layer beside NAME.lora_A.ADAPTER.
     own = {n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in linear if ".lora_" not in n}
-    return sorted(own)
+    return sorted(own - {"lm_head"})
 
 
 def attach(model: nn.Module, lora: Lora, name: str, kind: Kind = "causal", base: str = "") -> Any:
@@ -74,9 +99,34 @@ def attach(model: nn.Module, lora: Lora, name: str, kind: Kind = "causal", base:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        use_rslora=isinstance(lora, LoraVariants) and lora.rslora,
+        use_dora=isinstance(lora, LoraVariants) and lora.dora,
         fan_in_fan_out=type(plain).__name__.startswith("GPT2"),
-        task_type=TaskType.CAUSAL_LM if kind == "causal" else TaskType.SEQ_CLS,
+        task_type=TaskType(TASK_TYPES[kind]),
         modules_to_save=heads or None,
+    )
+    return _wrap(model, config, name, base)
+
+
+def attach_decoder_prefix(model: Any, length: int, hidden: int, name: str, base: str = "") -> Any:
+    """PEFT's prefix tuning of a T5: trained keys and values for the decoder's self-attention only.
+
+    The encoder and the cross-attention stay as they are (`prefix.attach_prefix` reaches them). Its start is random and
+    no no-op. With `hidden`, an MLP makes the prefix while it trains; the result is saved.
+    """
+    from peft import PrefixTuningConfig, TaskType
+
+    if model.config.model_type not in ("t5", "mt5"):
+        raise UserError(f"prefix: works on T5 models, and {base} is a {model.config.model_type}; use method=lora")
+    config = PrefixTuningConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM,
+        num_virtual_tokens=length,
+        prefix_projection=hidden > 0,
+        encoder_hidden_size=hidden,
+        # PEFT takes these from the encoder, and a head's width from that of the model.
+        num_layers=model.config.num_decoder_layers,
+        num_attention_heads=model.config.num_heads,
+        token_dim=model.config.num_heads * model.config.d_kv,
     )
     return _wrap(model, config, name, base)
 
@@ -112,25 +162,34 @@ def only(model: nn.Module, *names: str) -> Iterator[None]:
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Parameters of one adapter by full name (LoRA factors and saved heads)."""
-    marks = (f".lora_A.{name}.", f".lora_B.{name}.", f".modules_to_save.{name}.")
+    """Parameters of one adapter by full name (LoRA factors and saved heads, or a prefix)."""
+    if own := own_prefix(model):
+        return dict(own.named_parameters("prefix"))
+    parts = (".lora_A", ".lora_B", ".lora_magnitude_vector", ".modules_to_save", "prompt_encoder")
+    marks = tuple(f"{part}.{name}." for part in parts)
     return {n: p for n, p in model.named_parameters() if any(mark in n for mark in marks)}
 
 
 def save_adapter(model: Any, name: str, folder: Path, stack: Stack, dtype: str = "float32") -> Path:
-    """Write adapter `name` of `model` as a plain PEFT folder with its stack and manifest. Nothing touches the Hub."""
+    """Write adapter `name` of `model` as a plain PEFT folder with its stack and manifest. Nothing touches the Hub.
+
+    The lab's own prefix (`model.prefix`) is written in its own format.
+    """
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    stored = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in tensors.items()}
-    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config[name]
-    config.base_model_name_or_path = stack.base
-    was, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(str(folder))
-    config.inference_mode = was
+    if own := own_prefix(model):
+        write_prefix(own, folder, stack.base, getattr(torch, dtype))
+    else:
+        tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        stored = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in tensors.items()}
+        save_file(stored, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+        config = model.peft_config[name]
+        config.base_model_name_or_path = stack.base
+        was, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(folder))
+        config.inference_mode = was
     for index, under in enumerate(stack.under):
         shutil.copytree(under, folder / "under" / str(index), dirs_exist_ok=True)
     facts = {"kind": stack.kind, "base": stack.base, "fingerprint": stack.fingerprint, **stack.extra}
@@ -149,14 +208,20 @@ def read_stack(folder: Path) -> Stack:
     try:
         facts = json.loads((folder / name).read_text(encoding="utf-8"))
         if name == "adapter_config.json":
-            kind: Kind = "classifier" if facts.get("task_type") == "SEQ_CLS" else "causal"
-            return Stack(kind, facts["base_model_name_or_path"], "")
+            kinds = {task: kind for kind, task in TASK_TYPES.items()}
+            return Stack(kinds.get(facts.get("task_type"), "causal"), facts["base_model_name_or_path"], "")
         under = tuple(folder / inner for inner in facts.pop("under"))
         if not all(inner.resolve().is_relative_to(folder.resolve()) for inner in under):
             raise ValueError("`under` leaves the folder")
         return Stack(facts.pop("kind"), facts.pop("base"), facts.pop("fingerprint"), under, facts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"adapter {folder}: {name} is damaged ({error}); restore it or train again") from None
+
+
+def kind_of(name: str) -> str:
+    """What a name or folder is by its job: that of its stack for an adapter, else the model's own kind."""
+    entry = resolve(name)
+    return read_stack(entry.path).kind if entry.kind == "adapter" else entry.kind
 
 
 def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> Any:
@@ -167,21 +232,16 @@ def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> 
     """
     from peft import PeftConfig
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     stack = read_stack(folder)
     if stack.fingerprint and fingerprint and stack.fingerprint != fingerprint:
         raise UserError(f"adapter {folder}: its {stack.base} is another one ({stack.fingerprint}, not {fingerprint})")
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"adapter {folder}: no adapter_model.safetensors (pickle files are not loaded; convert first)")
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"adapter {weights}: not a readable safetensors file: {error}") from None
+    about = _peft_config(folder)
+    if about.get("peft_type") == PREFIX_TYPE:
+        return _load_own_prefix(model, folder, about)
+    tensors = _read_weights(folder / PEFT_WEIGHTS)
     config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
+    config.inference_mode = config.is_prompt_learning  # True: a prefix as it was saved, without the MLP that made it
     model = _wrap(model, config, name, stack.base)
     _check_tensors(folder, tensors, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     set_peft_model_state_dict(model, tensors, adapter_name=name)
@@ -195,13 +255,15 @@ def load_stack(
 ) -> tuple[Backbone, Stack]:
     """A base model or an adapter by name or folder -> a backbone that behaves like it, and the stack it is.
 
-    Adapters under the top one are always merged, in float32. With `merge` the top one is too; otherwise the model
-    is a PeftModel whose active adapter is "policy".
+    Adapters under the top one are always merged, in float32. With `merge` the top one is too, unless it is a prefix;
+    otherwise the model is a PeftModel whose active adapter is "policy". The extra facts of a model that the lab trained
+    whole are those in its config.
     """
     entry = resolve(name)
     if entry.kind != "adapter":
-        backbone = load_backbone(name, device=device, dtype=dtype)
-        return backbone, Stack("causal", name, backbone.fingerprint)
+        kind: Kind = "seq2seq" if entry.kind == "seq2seq" else "causal"
+        backbone = load_backbone(name, kind, device=device, dtype=dtype)
+        return backbone, Stack(kind, name, backbone.fingerprint, extra=getattr(backbone.model.config, "peftlab", {}))
     folder = Path(entry.path)
     stack = read_stack(folder)
     labels = stack.extra.get("labels", [0, 1])
@@ -210,15 +272,52 @@ def load_stack(
     for under in stack.under:
         model = load_adapter(model, under, "under", base.fingerprint).merge_and_unload()
     model = load_adapter(model, folder, "policy", base.fingerprint)
-    if merge:
+    if merge and lora_layers(model):
         model = model.merge_and_unload()
     model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
+    if stack.extra.get("chat_template") == "plain":
+        base.tokenizer.chat_template = PLAIN_CHAT
     return Backbone(name, model, base.tokenizer, base.fingerprint), stack
 
 
 def _verify(folder: Path) -> None:
     if (folder / "manifest.json").is_file() and (problems := verify_manifest(folder)):
         raise UserError(f"adapter {folder}: {'; '.join(problems)}; restore the folder or train it again")
+
+
+def _peft_config(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"adapter {folder}: adapter_config.json is damaged ({error}); restore it") from None
+    if not isinstance(about, dict):
+        raise UserError(f"adapter {folder}: adapter_config.json is damaged (no object); restore it")
+    return about
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise UserError(f"adapter {file.parent}: no {file.name} (pickle files are not loaded; convert first)")
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"adapter {file}: not a readable safetensors file: {error}") from None
+    return tensors
+
+
+def _load_own_prefix(model: Any, folder: Path, about: Mapping[str, Any]) -> Any:
+    """Give `model` the prefix in `folder`; a T5 has one at a time."""
+    tensors, length = _read_weights(folder / PREFIX_WEIGHTS), about.get("num_virtual_tokens")
+    if not isinstance(length, int):
+        raise UserError(f"adapter {folder}: adapter_config.json says num_virtual_tokens {length!r}; restore the folder")
+    shapes = prefix_shapes(model, length)
+    _check_tensors(folder, tensors, {kind: torch.empty(shape, device="meta") for kind, shape in shapes.items()})
+    device = next(model.parameters()).device
+    attach_prefix(model, {kind: value.to(device) for kind, value in tensors.items()}).requires_grad_(False)
+    return model.eval()
 
 
 def _wrap(model: Any, config: Any, name: str, base: str) -> Any:

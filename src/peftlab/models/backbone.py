@@ -13,7 +13,13 @@ from ..errors import UserError
 from ..ops.masks import position_ids
 from .catalog import resolve
 
-Task = Literal["causal", "classifier"]
+Task = Literal["causal", "classifier", "seq2seq"]
+# What a task needs: the kinds of model that serve it, and in words.
+NEEDS: dict[Task, tuple[tuple[str, ...], str]] = {
+    "causal": (("causal",), "a causal language model, for example tiny-gpt2 or smollm2-135m"),
+    "classifier": (("causal", "encoder"), "an encoder or a causal language model, for example minilm-distilbert"),
+    "seq2seq": (("seq2seq",), "an encoder-decoder, for example tiny-t5"),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -56,20 +62,22 @@ def load_backbone(
     A classifier's head is new and takes its weights from an adapter or from training. Raises UserError where the
     name is unknown or the model is of another kind than the task needs.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
 
     entry = resolve(name)
-    wanted = ("causal",) if task == "causal" else ("causal", "encoder")
-    if entry.kind not in wanted:
-        needs = "a causal language model" if task == "causal" else "an encoder or a causal language model"
-        examples = "tiny-gpt2 or smollm2-135m" if task == "causal" else "minilm-distilbert or tiny-gpt2"
-        raise UserError(f"model {name}: is of kind {entry.kind}, but this job needs {needs}, for example {examples}")
+    kinds, needs = NEEDS[task]
+    if entry.kind not in kinds:
+        raise UserError(f"model {name}: is of kind {entry.kind}, but this job needs {needs}")
     source = str(entry.path)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    auto = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
-    options = {} if task == "causal" else {"num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id}
+    auto: Any = {
+        "causal": transformers.AutoModelForCausalLM,
+        "classifier": transformers.AutoModelForSequenceClassification,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    }[task]
+    options = {"num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id} if task == "classifier" else {}
     with _quiet_loading():
         model: Any = auto.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **options)
     model.requires_grad_(False).eval()
@@ -77,9 +85,9 @@ def load_backbone(
 
 
 def trunk(model: nn.Module) -> nn.Module:
-    """The transformer under a task head (GPT2Model under GPT2LMHeadModel)."""
+    """The transformer under a task head (GPT2Model under GPT2LMHeadModel); a T5 has no name for it and is its own."""
     name: Any = getattr(model, "base_model_prefix", None)
-    return getattr(model, name) if name else model
+    return getattr(model, name, model) if name else model
 
 
 def fingerprint(model: nn.Module) -> str:

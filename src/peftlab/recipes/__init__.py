@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-RECIPES = ("pretrain", "sft", "classify", "ppo")
+RECIPES = ("pretrain", "sft", "classify", "summarize", "ppo")
 
 
 def load(verb: str) -> ModuleType:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from ..errors import UserError
-from ..evaluation.calibration import confusion, fit_temperature, reliability, surest_errors
+from ..evaluation.calibration import confusion, fit_calibration, reliability, surest_errors
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, save_adapter
 from ..models.backbone import Backbone, load_backbone
-from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, pad_right
+from ..models.classifier import LABEL_NAMES, Calibration, TextClassifier, classify_texts, encode, pad_right
 from ..runs.atomic import write_json
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, training_arguments
@@ -42,7 +42,7 @@ class ClassifyConfig(TrainConfig):
     views: int = Field(1, ge=1, description="rows made of a text: itself, and random passages of it")
     crop: float = Field(0.0, ge=0, le=1, description="share of rows cut to a random opening of 6 to 48 words")
     teacher: str = Field("", description="a classifier whose probabilities are the targets, instead of the labels")
-    calibrate: float = Field(0.05, ge=0, lt=1, description="share of rows kept to fit the temperature; 0 = none")
+    calibrate: float = Field(0.05, ge=0, lt=1, description="share of rows kept to calibrate on; 0 = none")
     labels: list[str] = Field(LABEL_NAMES, min_length=2)
     compare: str = Field("", description="another classifier, to be measured on the same held-out rows")
     save_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -91,9 +91,11 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         trainer.fit(checkpoint)
         if config.save_dtype == "bfloat16":
             _round(model)
-        temperature = fit_temperature(logits_of(kept), torch.tensor([r.label for r in kept])) if kept else 1.0
-        probabilities = _probabilities(logits_of(held_out) / temperature)
-        after = classification_metrics(probabilities, truth) | {"eval/temperature": temperature}
+        calibration = Calibration()
+        if kept:
+            calibration = fit_calibration(logits_of(kept), torch.tensor([r.label for r in kept]))
+        probabilities = _probabilities(calibration(logits_of(held_out)))
+        after = classification_metrics(probabilities, truth) | {"eval/temperature": calibration.temperature}
         if other is not None:
             guesses = other.logits([r.text for r in held_out]).argmax(-1).numpy()
             after["compare/accuracy"] = float((guesses == truth).mean())
@@ -101,7 +103,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         run.write_samples(surest_errors(probabilities, held_out, config.labels, ERRORS_SHOWN))
         tables = {"confusion": confusion(probabilities, truth), "reliability": reliability(probabilities, truth)}
         write_json(run.path / "classifier.json", {"labels": config.labels, **tables})
-        extra = {"labels": config.labels, "max_length": config.max_length, "temperature": temperature}
+        extra = {"labels": config.labels, "max_length": config.max_length, "calibration": vars(calibration)}
         stack = Stack("classifier", config.model, backbone.fingerprint, (), {"recipe": "classify", **extra})
         save_adapter(model, ADAPTER, run.path / "adapter", stack, dtype=config.save_dtype)
         return run.finish(after, before, classification_intervals(probabilities, truth), {"adapter": "adapter"})
@@ -159,7 +161,7 @@ def _views(text: str, config: ClassifyConfig, draw: random.Random) -> list[str]:
 
 
 def _split(records: list[Any], config: ClassifyConfig) -> tuple[list[Any], list[Any]]:
-    """Rows to train on, and those kept to fit the temperature; none are kept where they would be too few to tell."""
+    """Rows to train on, and those kept to calibrate on; none are kept where they would be too few to tell."""
     count = int(config.calibrate * len(records))
     if count < FEWEST_TO_CALIBRATE:
         return records, []

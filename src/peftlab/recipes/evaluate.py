@@ -1,4 +1,4 @@
-"""`peftlab eval`: how good is a classifier, or a language model, on held-out data?"""
+"""`peftlab eval`: how good is a classifier, a language model or a summarizer on held-out data?"""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from ..data.tokenize import document_ids, pack
 from ..errors import UserError
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
-from ..models.adapters import load_stack
-from ..models.classifier import LABEL_NAMES, TextClassifier, is_classifier
+from ..evaluation.summaries import SummaryFormat, score_summaries, summarize
+from ..models.adapters import kind_of, load_stack
+from ..models.classifier import LABEL_NAMES, TextClassifier
+
+DATA = {"seq2seq": "imdb-gist:test"}
 
 
-def evaluate(name: str, data: str, limit: int | None, device: str) -> dict[str, Any]:
-    """Metrics by their registry names, 95% intervals, rows and data hash. `limit` draws a seeded sample of rows."""
-    measure = _classifier if is_classifier(name) else _language_model
+def evaluate(name: str, data: str | None, limit: int | None, device: str) -> dict[str, Any]:
+    """Metrics by their registry names, 95% intervals, rows and data hash. `limit` draws a seeded sample of rows.
+
+    Without `data` it is the lab's test block, as its kind needs it.
+    """
+    kind = kind_of(name)
+    measure = {"classifier": _classifier, "seq2seq": _summarizer}.get(kind, _language_model)
+    data = data or DATA.get(kind, "imdb:test")
     return {"model": name, "data": data, **measure(name, data, limit, device)}
 
 
@@ -35,6 +43,20 @@ def _classifier(name: str, data: str, limit: int | None, device: str) -> dict[st
         "sha256": records.sha256,
         "metrics": classification_metrics(probabilities, labels),
         "intervals": classification_intervals(probabilities, labels),
+    }
+
+
+def _summarizer(name: str, data: str, limit: int | None, device: str) -> dict[str, Any]:
+    records = load_records(data, "summarize", limit)
+    backbone, stack = load_stack(name, device=device)
+    documents = [record.document for record in records.records]
+    texts = summarize(backbone.model, backbone.tokenizer, documents, SummaryFormat.of(stack.extra))
+    scored = score_summaries(texts, records.records)
+    return {
+        "rows": len(texts),
+        "sha256": records.sha256,
+        "metrics": scored.metrics,
+        "intervals": scored.intervals,
     }
 
 

@@ -17,9 +17,8 @@ from ..data.prompts import openings
 from ..data.sources import load_records
 from ..errors import Interrupted, LabError, UserError
 from ..evaluation.policy import evaluate_side, perplexity_ratio
-from ..models.adapters import Lora, Stack, load_stack, save_adapter
+from ..models.adapters import Lora, load_stack, save_adapter, stack_over
 from ..models.backbone import pick_device
-from ..models.catalog import resolve
 from ..models.classifier import TextClassifier
 from ..models.roles import POLICY, Roles
 from ..rewards.parts import Reward, RewardPart, user_function
@@ -31,7 +30,7 @@ from ..runs.metrics import first_ratio_limit
 from ..runs.progress import Progress
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
-from .common import load_recorded, resume_point, seed_everything
+from .common import note_data, resume_point, seed_everything
 
 RECORDED_ROWS = 4
 NORMALISE_ON = 256
@@ -148,7 +147,8 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         if roles.frozen_hash() != base_hash:
             raise LabError("the frozen base changed during training; its adapter was not saved")
         folder = run.path / "adapter"
-        save_adapter(roles.model, POLICY, folder, _stack(config, under))
+        stack = stack_over(config.model, under, roles.tokenizer, recipe="ppo", want=config.want)
+        save_adapter(roles.model, POLICY, folder, stack)
         step_s = statistics.median(seconds or [0.0])
         return _finish(config, run, roles, held_out, judge, trainer.first, reason, step_s)
 
@@ -179,7 +179,8 @@ def _prompts(
     low, high = config.prompt_tokens
     if not 1 <= low <= high:
         raise UserError(f"prompt_tokens: expected 1 <= shortest <= longest, not {low}, {high}")
-    records = load_recorded(run, spec, "prompts", limit, config.seed)
+    records = load_records(spec, "prompts", limit or None, config.seed)
+    note_data(run, records, limit)
     token_ids = openings([r.prompt for r in records.records], tokenizer, low, high, config.seed)
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in token_ids]
     return PromptBatch(token_ids, texts, records.records)
@@ -235,12 +236,6 @@ def _settings(config: PPOConfig, tiny_on_cpu: bool) -> PPOSettings:
     shared = PPOSettings.__dataclass_fields__.keys() & PPOConfig.model_fields.keys()
     limit = first_ratio_limit("fp32", tiny_on_cpu=tiny_on_cpu)
     return PPOSettings(total_steps=config.steps, ratio_limit=limit, **{name: getattr(config, name) for name in shared})
-
-
-def _stack(config: PPOConfig, under: Stack) -> Stack:
-    entry = resolve(config.model)
-    merged = (*under.under, Path(entry.path)) if entry.kind == "adapter" else ()
-    return Stack("causal", under.base, under.fingerprint, merged, {"recipe": "ppo", "want": config.want})
 
 
 def _records(rollout: Rollout, tensors: dict[str, torch.Tensor], sampler: Sampler, step: int) -> list[dict[str, Any]]:

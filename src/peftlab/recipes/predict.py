@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..models.classifier import TextClassifier, is_classifier
+from ..evaluation.summaries import SummaryFormat, summarize
+from ..models.adapters import kind_of, load_stack
+from ..models.classifier import TextClassifier
 from ..runs.atomic import write_rows
 from ..sampling.sampler import Decoding
 from .tools import load_sampler
+
+FIELDS = ("text", "prompt", "document")  # the first that a row has is its input
 
 
 def predict(adapter: str, text: str | None, source: Path | None, output: Path | None, device: str) -> None:
@@ -20,7 +24,8 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     rows = [{"id": 0, "text": text}] if text is not None else _read(source)  # type: ignore[arg-type]
-    answers = _classify(adapter, rows, device) if is_classifier(adapter) else _continue(adapter, rows, device)
+    verb = {"classifier": _classify, "seq2seq": _summarize}.get(kind_of(adapter), _continue)
+    answers = verb(adapter, rows, device)
     if output is not None:
         write_rows(output, answers)
         print(f"{len(answers)} rows: {output}")
@@ -53,6 +58,14 @@ def _continue(name: str, rows: list[dict[str, Any]], device: str, chunk: int = 3
     return answers
 
 
+def _summarize(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """Summaries in the format that the adapter, or the model, was trained for."""
+    backbone, stack = load_stack(name, device=device)
+    documents = [row["text"] for row in rows]
+    texts = summarize(backbone.model, backbone.tokenizer, documents, SummaryFormat.of(stack.extra))
+    return [{"id": row["id"], "text": text} for row, text in zip(rows, texts, strict=True)]
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     """Rows with an id and a text; every bad line is named."""
     try:
@@ -69,9 +82,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not valid JSON: {error.msg}") from None
-        text = row.get("text", row.get("prompt")) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{path}:{number}: expected an object with a string `text` (or `prompt`)")
+        fields = [row[name] for name in FIELDS if name in row] if isinstance(row, dict) else []
+        if not fields or not isinstance(text := fields[0], str):
+            raise UserError(f"{path}:{number}: expected an object with a string `text` (or `prompt`, or `document`)")
         rows.append({"id": row.get("id", len(rows)), "text": text})
     if not rows:
         raise UserError(f"{path}: holds no rows")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from ..data.collate import collate_language
 from ..data.records import Conversation, PromptCompletion, Text
-from ..data.tokenize import Row, document_ids, pack, prompt_completion
+from ..data.tokenize import PLAIN_CHAT, Row, document_ids, pack, prompt_completion
 from ..errors import UserError
+from ..evaluation.explanations import evaluate_explanations
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
-from ..models.adapters import Lora, Stack, adapter_parameters, attach, load_stack, save_adapter
-from ..models.catalog import resolve
+from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, load_stack, save_adapter, stack_over
 from ..runs.rundir import RunDir
+from ..sampling.sampler import Sampler
 from ..training.arguments import TrainConfig, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, require_gradients, resume_point, seed_everything, trained_parameters
+from .common import load_recorded, load_rows, require_gradients, resume_point, seed_everything, trained_parameters
 
 ADAPTER = "policy"
 
@@ -33,7 +33,8 @@ class SftConfig(TrainConfig):
     eval_limit: int = Field(500, ge=0)
     max_length: int = Field(512, ge=8, description="tokens of a packed block, or of a prompt with its completion")
     document_tokens: int = Field(0, ge=0, description="keep the first sentences that fit into so many tokens; 0 = all")
-    lora: Lora = Lora(r=64, alpha=128)
+    answers: int = Field(0, ge=0, description="held-out prompts to answer before and after, scored by the rubric")
+    lora: LoraVariants = LoraVariants(r=64, alpha=128)
 
 
 CONFIG = SftConfig
@@ -47,19 +48,30 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
         seed_everything(config.seed)
         backbone, under = _base(config)
         tokenizer = backbone.tokenizer
-        train = load_recorded(run, config.train_data, "sft", config.train_limit, config.seed).records
-        held_out = load_recorded(run, config.eval_data, "sft", config.eval_limit, config.seed).records
+        train = load_recorded(run, config, "train", "sft").records
+        held_out = load_recorded(run, config, "eval", "sft").records
         rows, test = rows_of(train, tokenizer, config), rows_of(held_out, tokenizer, config)
         model = attach(backbone.model, config.lora, ADAPTER, base=under.base)
         require_gradients(adapter_parameters(model, ADAPTER))
         model.config.use_cache = False
 
+        asked = _asked(config, held_out)
+
+        def measure() -> tuple[dict[str, float], dict[str, tuple[float, float]], list[str]]:
+            """Figures, their intervals, and the answers to `asked`."""
+            sums, counts = row_nlls(model.eval(), test, tokenizer.pad_token_id)
+            figures = {"eval/perplexity": perplexity(sums, counts)}
+            intervals = {"eval/perplexity": perplexity_interval(sums, counts)}
+            if not asked:
+                return figures, intervals, []
+            told = evaluate_explanations(Sampler(model, tokenizer), asked)
+            return figures | told.metrics(), intervals | told.intervals(), told.answers
+
         # The fresh adapter is a no-op, so "before" is the base model; a resumed run finds the same value again.
-        sums, counts = row_nlls(model, test, tokenizer.pad_token_id)
-        before = perplexity(sums, counts)
+        before, _, said_before = measure()
         checkpoint = resume_point(run)
         if checkpoint is None:
-            run.log({"eval/perplexity": before, "data/rows": len(rows), "data/tokens": sum(map(row_length, rows))}, 0)
+            run.log(before | {"data/rows": len(rows), "data/tokens": sum(map(row_length, rows))}, 0)
         trainer = LabTrainer(
             model,
             training_arguments(config, len(rows)),
@@ -71,24 +83,18 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
             lambda: run.stop_requested,
         )
         trainer.fit(checkpoint)
-        sums, counts = row_nlls(model, test, tokenizer.pad_token_id)
-        after = perplexity(sums, counts)
-        run.log({"eval/perplexity": after}, trainer.state.global_step)
-        save_adapter(model, ADAPTER, run.path / "adapter", stack_of(config, under))
-        return run.finish(
-            {"eval/perplexity": after},
-            {"eval/perplexity": before},
-            {"eval/perplexity": perplexity_interval(sums, counts)},
-            {"adapter": "adapter"},
-        )
+        after, intervals, said_after = measure()
+        run.log(after, trainer.state.global_step)
+        if asked:
+            run.write_samples(_samples(asked, {"before": said_before, "after": said_after}))
+        save_adapter(model, ADAPTER, run.path / "adapter", stack_over(config.model, under, tokenizer, recipe="sft"))
+        return run.finish(after, before, intervals, {"adapter": "adapter"})
 
 
 def plan(config: SftConfig) -> dict[str, Any]:
     """Sizes of the job, nothing trained."""
-    from ..data.sources import load_records
-
     backbone, under = _base(config)
-    records = load_records(config.train_data, "sft", config.train_limit or None, config.seed).records
+    records = load_rows(config, "train", "sft").records
     rows = rows_of(records, backbone.tokenizer, config)
     model = attach(backbone.model, config.lora, ADAPTER, base=under.base)
     require_gradients(adapter_parameters(model, ADAPTER))
@@ -114,9 +120,11 @@ def rows_of(records: list[Any], tokenizer: Any, config: SftConfig) -> list[Row]:
 
 
 def _as_pair(record: Conversation, tokenizer: Any, config: SftConfig) -> tuple[str, str]:
-    """All turns but the last, in the model's own template, and the last, which is what is learned."""
-    if not tokenizer.chat_template:
-        raise UserError(f"model {config.model}: has no chat template for `messages`; give `prompt` and `completion`")
+    """All turns but the last, in the model's own chat template or the lab's plain one, and the last: what is learned.
+
+    A plain template stays in the tokenizer, and `stack_over` notes it for whoever loads the adapter.
+    """
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT
     *turns, answer = [{"role": m.role, "content": m.content} for m in record.messages]
     if not turns:
         raise UserError(f"train_data {config.train_data}: row {record.id} has no turn before the assistant's")
@@ -124,16 +132,25 @@ def _as_pair(record: Conversation, tokenizer: Any, config: SftConfig) -> tuple[s
     return prompt, answer["content"]
 
 
+def _asked(config: SftConfig, held_out: list[Any]) -> list[PromptCompletion]:
+    """The first `answers` held-out prompts; each needs a gold label, which the rubric compares with."""
+    asked = held_out[: config.answers]
+    if any(getattr(record, "label", None) is None for record in asked):
+        raise UserError(f"answers: {config.eval_data} has rows without prompt, completion and label; use answers=0")
+    return asked
+
+
+def _samples(asked: list[PromptCompletion], sides: dict[str, list[str]]) -> list[dict[str, str]]:
+    return [
+        {"prompt_id": record.id, "side": side, "prompt": record.prompt, "completion": answer}
+        for side, answers in sides.items()
+        for record, answer in zip(asked, answers, strict=True)
+    ]
+
+
 def row_length(row: Row) -> int:
     """Tokens of a row."""
     return len(row["input_ids"])
-
-
-def stack_of(config: SftConfig, under: Stack) -> Stack:
-    """What the new adapter stands on."""
-    entry = resolve(config.model)
-    merged = (*under.under, Path(entry.path)) if entry.kind == "adapter" else ()
-    return Stack("causal", under.base, under.fingerprint, merged, {"recipe": "sft"})
 
 
 def _base(config: SftConfig) -> tuple[Any, Stack]:

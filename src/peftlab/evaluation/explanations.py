@@ -1,0 +1,67 @@
+"""How well a model explains the sentiment of held-out reviews: its answers by the rubric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.records import Prompt, PromptCompletion
+from ..errors import UserError
+from ..rewards.rubric import rubric_scores
+from ..sampling.sampler import Decoding, Sampler
+from .intervals import bootstrap_mean
+
+GREEDY = Decoding(max_new_tokens=64, temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Explanations:
+    """N answers with each rubric part's scores (N,), and whether EOS was sampled (N,)."""
+
+    answers: list[str]
+    scores: dict[str, np.ndarray]
+    stopped: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        """The mean of each part, and rubric/all: the share of answers for which every part is 1."""
+        return {name: float(values.mean()) for name, values in self._columns().items()}
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95% bootstrap intervals over reviews."""
+        return {name: bootstrap_mean(values) for name, values in self._columns().items()}
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        every = np.all([values == 1 for values in self.scores.values()], axis=0)
+        parts = {f"rubric/{name}": values for name, values in self.scores.items()}
+        return parts | {"rubric/all": every.astype(np.float64), "eval/eos_fraction": self.stopped}
+
+
+def evaluate_explanations(
+    sampler: Sampler,
+    records: Sequence[Prompt | PromptCompletion],
+    decoding: Decoding = GREEDY,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Explanations:
+    """One answer to each record's prompt, scored. Records need labels (imdb-explanations:test as prompts or as sft).
+
+    Rows of similar length share a batch; answers are in the order of the records. Raises UserError where prompt and
+    answer do not fit into the model's context: what is cut off could not be cited.
+    """
+    rows = sampler.tokenizer([r.prompt for r in records], add_special_tokens=False)["input_ids"]
+    room = int(sampler.model.config.max_position_embeddings) - decoding.max_new_tokens
+    long = next((r.id for r, ids in zip(records, rows, strict=True) if len(ids) > room), None)
+    if long is not None:
+        raise UserError(f"row {long}: its prompt leaves no room for {decoding.max_new_tokens} new tokens of context")
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    answers, stopped = [""] * len(rows), np.zeros(len(rows))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        samples = sampler.sample([rows[i] for i in batch], [seed + i for i in batch], decoding)
+        ends = samples.ended.tolist()
+        for i, text, ended in zip(batch, sampler.texts(samples), ends, strict=True):
+            answers[i], stopped[i] = text, float(ended)
+    scores = rubric_scores([record.prompt for record in records], answers, records)
+    return Explanations(answers, {name: np.array(values) for name, values in scores.items()}, stopped)
