@@ -14,7 +14,7 @@ from peftlab.chat.session import Session
 from peftlab.data.explanations import answer_of
 from peftlab.errors import UserError
 from peftlab.models.adapters import load_stack
-from peftlab.models.classifier import Calibration, TextClassifier, encode
+from peftlab.models.classifier import TextClassifier, encode
 from peftlab.recipes import classify
 from peftlab.recipes.launch import launch
 from peftlab.runs.atomic import read_rows
@@ -114,14 +114,14 @@ def test_a_student_learns_what_its_teacher_thinks(shop, monkeypatch):
     assert (guesses[1] == labels).double().mean() < 0.3
 
 
-def test_the_calibration_is_saved_and_used(shop):
+def test_the_temperature_is_saved_and_used(shop):
     data = tiny.write_rows(Path(shop["root"]) / "many.jsonl", tiny.reviews(400, seed=7))
     folder = run_of(shop, "classify", "calibrated", f"train_data={data}", "calibrate=0.25", "max_steps=30")
-    saved = Calibration(**load_stack(str(folder), device="cpu")[1].extra["calibration"])
+    saved = load_stack(str(folder), device="cpu")[1].extra["temperature"]
     classifier = TextClassifier.load(str(folder), device="cpu")
-    assert classifier.calibration == saved != Calibration()
-    bare = TextClassifier(**{**vars(classifier), "calibration": Calibration()}).logits(["good", "bad"])
-    torch.testing.assert_close(classifier.logits(["good", "bad"]), saved(bare))
+    assert classifier.temperature == saved != 1.0
+    hot = TextClassifier(**{**vars(classifier), "temperature": 1.0}).logits(["good", "bad"])
+    torch.testing.assert_close(classifier.logits(["good", "bad"]) * saved, hot)
 
 
 def test_views_are_the_text_and_passages_of_it():

@@ -17,29 +17,16 @@ LABEL_NAMES = ["negative", "positive"]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What makes logits trustworthy: softmax(logits / temperature + bias); `bias` has a number a class, or none."""
-
-    temperature: float = 1.0
-    bias: Sequence[float] = ()
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Calibrated logits, (N, L)."""
-        scaled = logits / self.temperature
-        return scaled + torch.tensor(self.bias, dtype=logits.dtype) if self.bias else scaled
-
-
-@dataclass(frozen=True)
 class TextClassifier:
     """A loaded classifier. `labels` are the names of its classes; of texts over `max_length` tokens it reads opening
-    and ending; its logits are calibrated, so that its probabilities can be trusted."""
+    and ending; its logits are divided by `temperature`, which was fitted so that its probabilities can be trusted."""
 
     name: str
     model: nn.Module
     tokenizer: Any
     labels: list[str]
     max_length: int
-    calibration: Calibration = Calibration()
+    temperature: float = 1.0
 
     @classmethod
     def load(cls, name: str, device: str = "auto", dtype: str = "float32") -> TextClassifier:
@@ -50,14 +37,13 @@ class TextClassifier:
         backbone, stack = load_stack(name, device=device, dtype=dtype)
         if stack.kind != "classifier":
             raise UserError(f"{name}: is an adapter for text, not a classifier; for example imdb-sentiment")
-        extra = {"labels": LABEL_NAMES, "max_length": 512, "calibration": {}, **stack.extra}
-        calibration = Calibration(**extra["calibration"])
-        return cls(name, backbone.model, backbone.tokenizer, extra["labels"], int(extra["max_length"]), calibration)
+        extra = {"labels": LABEL_NAMES, "max_length": 512, "temperature": 1.0, **stack.extra}
+        sizes = int(extra["max_length"]), float(extra["temperature"])
+        return cls(name, backbone.model, backbone.tokenizer, list(extra["labels"]), *sizes)
 
     def logits(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """(N, labels) float32 on the CPU, in the order of `texts`."""
-        logits = classify_texts(self.model, self.tokenizer, texts, self.max_length, batch_size)
-        return self.calibration(logits)
+        return classify_texts(self.model, self.tokenizer, texts, self.max_length, batch_size) / self.temperature
 
     def probabilities(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """softmax of `logits`."""

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from ..errors import UserError
-from ..evaluation.calibration import confusion, fit_calibration, reliability, surest_errors
+from ..evaluation.calibration import confusion, fit_temperature, reliability, surest_errors
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, save_adapter
 from ..models.backbone import Backbone, load_backbone
-from ..models.classifier import LABEL_NAMES, Calibration, TextClassifier, classify_texts, encode, pad_right
+from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, pad_right
 from ..runs.atomic import write_json
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, training_arguments
@@ -91,11 +91,9 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         trainer.fit(checkpoint)
         if config.save_dtype == "bfloat16":
             _round(model)
-        calibration = Calibration()
-        if kept:
-            calibration = fit_calibration(logits_of(kept), torch.tensor([r.label for r in kept]))
-        probabilities = _probabilities(calibration(logits_of(held_out)))
-        after = classification_metrics(probabilities, truth) | {"eval/temperature": calibration.temperature}
+        temperature = fit_temperature(logits_of(kept), torch.tensor([r.label for r in kept])) if kept else 1.0
+        probabilities = _probabilities(logits_of(held_out) / temperature)
+        after = classification_metrics(probabilities, truth) | {"eval/temperature": temperature}
         if other is not None:
             guesses = other.logits([r.text for r in held_out]).argmax(-1).numpy()
             after["compare/accuracy"] = float((guesses == truth).mean())
@@ -103,7 +101,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         run.write_samples(surest_errors(probabilities, held_out, config.labels, ERRORS_SHOWN))
         tables = {"confusion": confusion(probabilities, truth), "reliability": reliability(probabilities, truth)}
         write_json(run.path / "classifier.json", {"labels": config.labels, **tables})
-        extra = {"labels": config.labels, "max_length": config.max_length, "calibration": vars(calibration)}
+        extra = {"labels": config.labels, "max_length": config.max_length, "temperature": temperature}
         stack = Stack("classifier", config.model, backbone.fingerprint, (), {"recipe": "classify", **extra})
         save_adapter(model, ADAPTER, run.path / "adapter", stack, dtype=config.save_dtype)
         return run.finish(after, before, classification_intervals(probabilities, truth), {"adapter": "adapter"})

@@ -79,9 +79,9 @@ _REGISTRY = [
     ),
     Metric(
         "eval/temperature",
-        "What the classifier's logits are divided by before probabilities are taken: fitted, with a bias a class, on "
-        "training rows kept aside, and saved with the adapter. 1 changes nothing; above 1 it was too sure.",
-        source="Guo et al. 2017; Alexandari et al. 2020",
+        "What the classifier's logits are divided by before probabilities are taken: fitted on training rows kept "
+        "aside, and saved with the adapter. 1 changes nothing; above 1 it was too sure.",
+        source="Guo et al. 2017",
     ),
     Metric(
         "eval/loss",
