@@ -1,6 +1,7 @@
 """Training throughput of `sft` and `classify` beside the usual Trainer script: the same model, LoRA and reviews.
 
-One JSON line a row, as in docs/performance: seconds per 10,000 tokens that are not padding, median of alternating runs.
+One JSON line a row: `ours_s` and `peer_s` are seconds per 10,000 tokens that are not padding, medians of alternating
+runs; `ours_gb` and `peer_gb` the most memory that was in use (on a GPU).
 The usual script cuts each review at a length, pads it (sft: to that length; classify: to the longest of its batch) and
 draws batches at random; the lab packs (sft) or batches by length (classify). `sft` has two peers: the script as it is
 mostly found, batches of 4 x 128, and one with the tokens of our batch.
@@ -49,13 +50,19 @@ class Clock(TrainerCallback):
     """Seconds and tokens of the steps after the first, which warms up."""
 
     device: str
+    peak: int = 0
     tokens: list[int] = field(default_factory=list)
     stamps: list[float] = field(default_factory=list)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
         self.stamps.append(time.perf_counter())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def seconds(self) -> float:
         return UNIT * (self.stamps[-1] - self.stamps[0]) / sum(self.tokens[1 : len(self.stamps)])
@@ -156,8 +163,18 @@ def measure(what: str, device: str, steps: int, rounds: int, peers: bool) -> lis
     }
     if not theirs:
         return [row]
-    found = {name: round(statistics.median(c.seconds() for c in clocks), 4) for name, clocks in theirs.items()}
-    return [row | {"peer": n, "peer_s": s, "ratio": round(s / row["ours_s"], 2)} for n, s in found.items()]
+    result = []
+    for name, clocks in theirs.items():
+        seconds = round(statistics.median(clock.seconds() for clock in clocks), 4)
+        beside = {"peer": name, "peer_s": seconds, "ratio": round(seconds / row["ours_s"], 2)}
+        memory = {"ours_gb": gigabytes(mine), "peer_gb": gigabytes(clocks)} if device == "cuda" else {}
+        result.append(row | beside | memory)
+    return result
+
+
+def gigabytes(clocks: Sequence[Clock]) -> float:
+    """The most memory of any run, in GB."""
+    return round(max(clock.peak for clock in clocks) / 1e9, 2)
 
 
 def main() -> None:

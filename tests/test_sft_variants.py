@@ -12,12 +12,15 @@ import torch
 
 from peftlab.chat.session import Session
 from peftlab.data.explanations import answer_of
+from peftlab.data.records import Conversation, Message
+from peftlab.data.tokenize import IGNORED
 from peftlab.errors import UserError
 from peftlab.models.adapters import load_stack
 from peftlab.models.classifier import TextClassifier, encode
-from peftlab.recipes import classify
+from peftlab.recipes import classify, sft
 from peftlab.recipes.launch import launch
 from peftlab.runs.atomic import read_rows
+from peftlab.runs.checkpoint import write_manifest
 from peftlab.sampling.sampler import Decoding, Sampler
 
 ANSWERS = {"w1": "good", "w2": "very dull", "w3": "a great film", "w4": "awful"}
@@ -87,6 +90,49 @@ def test_conversations_with_a_model_of_no_template(shop):
     # What is trained on top of it still talks that way.
     above = run_of(shop, "sft", "above", f"model={folder}")
     assert load_stack(str(above), device="cpu")[1].extra["chat_template"] == "plain"
+
+
+def test_an_answer_ends_as_the_template_ends_a_turn(shop):
+    """The learned tokens and the prompt are, together, the conversation as the template spells it, and an EOS."""
+    tokenizer = tiny.spelling_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }} [end]\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    turns = (Message("user", "was it good"), Message("assistant", "not very"))
+    (row,) = sft.rows_of([Conversation("0", turns)], tokenizer, sft.SftConfig())
+    said = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+    assert tokenizer.decode(said) == "not very [end]<eos>"
+    assert tokenizer.decode(row["input_ids"]) == "[user] was it good [end]\n[assistant] not very [end]<eos>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("[end]", "<eos>")
+    (row,) = sft.rows_of([Conversation("0", turns)], tokenizer, sft.SftConfig())
+    assert tokenizer.decode(row["input_ids"]).endswith("not very <eos>") and row["input_ids"].count(1) == 2
+
+
+def test_classifiers_beside_this_one_know_the_same_labels(shop):
+    folder = run_of(shop, "classify", "other-way", 'labels=["positive", "negative"]')
+    for key in ("teacher", "compare"):
+        with pytest.raises(UserError, match=f"{key} .*labels"):
+            run_of(shop, "classify", f"beside-{key}", f"{key}={folder}")
+    same = run_of(shop, "classify", "same", "compare=" + str(run_of(shop, "classify", "base")))
+    summary = json.loads((same / "summary.json").read_text())
+    assert summary["metrics"]["compare/accuracy"] == summary["metrics"]["eval/accuracy"]
+
+
+@pytest.mark.parametrize("fact", [("temperature", v) for v in (0, -1, "hot", None, float("nan"))] + [("max_length", 2)])
+def test_facts_of_a_classifier_that_cannot_be_are_refused(shop, fact):
+    folder = Path(shop["runs"]) / "facts"
+    if not folder.is_dir():
+        run_of(shop, "classify", "facts")
+    stack = folder / "adapter" / "stack.json"
+    before = stack.read_text()
+    stack.write_text(json.dumps(json.loads(before) | dict([fact])))
+    write_manifest(stack.parent)
+    try:
+        with pytest.raises(UserError, match=fact[0]):
+            TextClassifier.load(str(folder), device="cpu")
+    finally:
+        stack.write_text(before)
 
 
 def test_a_long_text_keeps_its_opening_and_its_ending():

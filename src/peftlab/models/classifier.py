@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +38,13 @@ class TextClassifier:
         backbone, stack = load_stack(name, device=device, dtype=dtype)
         if stack.kind != "classifier":
             raise UserError(f"{name}: is an adapter for text, not a classifier; for example imdb-sentiment")
-        extra = {"labels": LABEL_NAMES, "max_length": 512, "temperature": 1.0, **stack.extra}
-        sizes = int(extra["max_length"]), float(extra["temperature"])
-        return cls(name, backbone.model, backbone.tokenizer, list(extra["labels"]), *sizes)
+        facts = {"labels": LABEL_NAMES, "max_length": 512, "temperature": 1.0, **stack.extra}
+        length, temperature = facts["max_length"], facts["temperature"]
+        if not (isinstance(length, int) and length >= 4):
+            raise UserError(f"{name}: stack.json says max_length {length!r}; it is a number of tokens, 4 or more")
+        if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+            raise UserError(f"{name}: stack.json says temperature {temperature!r}; it is a number above 0")
+        return cls(name, backbone.model, backbone.tokenizer, list(facts["labels"]), length, float(temperature))
 
     def logits(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """(N, labels) float32 on the CPU, in the order of `texts`."""

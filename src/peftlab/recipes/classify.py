@@ -42,7 +42,7 @@ class ClassifyConfig(TrainConfig):
     views: int = Field(1, ge=1, description="rows made of a text: itself, and random passages of it")
     crop: float = Field(0.0, ge=0, le=1, description="share of rows cut to a random opening of 6 to 48 words")
     teacher: str = Field("", description="a classifier whose probabilities are the targets, instead of the labels")
-    calibrate: float = Field(0.05, ge=0, lt=1, description="share of rows kept to calibrate on; 0 = none")
+    calibrate: float = Field(0.05, ge=0, lt=1, description="share of rows kept for the temperature, if 100 or more")
     labels: list[str] = Field(LABEL_NAMES, min_length=2)
     compare: str = Field("", description="another classifier, to be measured on the same held-out rows")
     save_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,11 +63,11 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         labels = _own_labels(config)
         train = load_recorded(run, config, "train", "classify", labels).records
         held_out = load_recorded(run, config, "eval", "classify", labels).records
-        other = TextClassifier.load(config.compare, device=config.device) if config.compare else None
+        other = _classifier(config, "compare")
         model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
         require_gradients(adapter_parameters(model, ADAPTER))
-        train, kept = _split(train, config)
-        rows = rows_of(train, tokenizer, config, _teacher(config))
+        train, kept = split(train, config)
+        rows = rows_of(train, tokenizer, config, _classifier(config, "teacher"))
 
         def logits_of(records: list[Any]) -> torch.Tensor:
             return classify_texts(model, tokenizer, [r.text for r in records], config.max_length)
@@ -93,7 +93,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             _round(model)
         temperature = fit_temperature(logits_of(kept), torch.tensor([r.label for r in kept])) if kept else 1.0
         probabilities = _probabilities(logits_of(held_out) / temperature)
-        after = classification_metrics(probabilities, truth) | {"eval/temperature": temperature}
+        after = classification_metrics(probabilities, truth) | ({"eval/temperature": temperature} if kept else {})
         if other is not None:
             guesses = other.logits([r.text for r in held_out]).argmax(-1).numpy()
             after["compare/accuracy"] = float((guesses == truth).mean())
@@ -113,7 +113,7 @@ def plan(config: ClassifyConfig) -> dict[str, Any]:
     records = load_rows(config, "train", "classify", _own_labels(config)).records
     model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
     require_gradients(adapter_parameters(model, ADAPTER))
-    rows = rows_of(_split(records, config)[0], backbone.tokenizer, config)
+    rows = rows_of(split(records, config)[0], backbone.tokenizer, config)
     return {
         "rows": len(rows),
         "tokens": sum(len(row["input_ids"]) for row in rows),
@@ -158,8 +158,8 @@ def _views(text: str, config: ClassifyConfig, draw: random.Random) -> list[str]:
     return views
 
 
-def _split(records: list[Any], config: ClassifyConfig) -> tuple[list[Any], list[Any]]:
-    """Rows to train on, and those kept to calibrate on; none are kept where they would be too few to tell."""
+def split(records: list[Any], config: ClassifyConfig) -> tuple[list[Any], list[Any]]:
+    """Rows to train on, and those kept to fit the temperature on; none are kept where they would be too few to tell."""
     count = int(config.calibrate * len(records))
     if count < FEWEST_TO_CALIBRATE:
         return records, []
@@ -167,13 +167,15 @@ def _split(records: list[Any], config: ClassifyConfig) -> tuple[list[Any], list[
     return [r for i, r in enumerate(records) if i not in kept], [records[i] for i in sorted(kept)]
 
 
-def _teacher(config: ClassifyConfig) -> TextClassifier | None:
-    if not config.teacher:
+def _classifier(config: ClassifyConfig, key: Literal["teacher", "compare"]) -> TextClassifier | None:
+    """The classifier that a key names, if it names one; it must know the same labels in the same order."""
+    name = config.teacher if key == "teacher" else config.compare
+    if not name:
         return None
-    teacher = TextClassifier.load(config.teacher, device=config.device)
-    if teacher.labels != config.labels:
-        raise UserError(f"teacher {config.teacher}: knows the labels {teacher.labels}, but labels is {config.labels}")
-    return teacher
+    found = TextClassifier.load(name, device=config.device)
+    if found.labels != config.labels:
+        raise UserError(f"{key} {name}: knows the labels {found.labels}, but labels is {config.labels}")
+    return found
 
 
 def _probabilities(logits: torch.Tensor) -> np.ndarray:

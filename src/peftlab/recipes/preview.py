@@ -100,7 +100,8 @@ def _records(config: Any, kind: str) -> list[Any]:
     if kind == "prompts":
         return load_records(config.train_data, kind, seed=config.seed).records
     own = config.labels if kind == "classify" and config.labels != LABEL_NAMES else None
-    return load_rows(config, "train", kind, own).records
+    records = load_rows(config, "train", kind, own).records
+    return classify.split(records, config)[0] if kind == "classify" else records
 
 
 def _sft(records: Sequence[Any], tokenizer: Any, config: Any) -> Made:

@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of a causal language model on text or on (prompt, completion) pairs."""
+"""LoRA fine-tuning of a causal language model on text, on (prompt, completion) pairs, or on conversations."""
 
 from __future__ import annotations
 
@@ -129,7 +129,11 @@ def _as_pair(record: Conversation, tokenizer: Any, config: SftConfig) -> tuple[s
     if not turns:
         raise UserError(f"train_data {config.train_data}: row {record.id} has no turn before the assistant's")
     prompt: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return prompt, answer["content"]
+    whole: str = tokenizer.apply_chat_template([*turns, answer], tokenize=False)
+    if not whole.startswith(prompt):  # a template that spells earlier turns anew, once another follows
+        return prompt, answer["content"]
+    # What ends a turn is learned with it; an EOS that the template writes is added by `prompt_completion`.
+    return prompt, whole[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token)
 
 
 def _asked(config: SftConfig, held_out: list[Any]) -> list[PromptCompletion]:

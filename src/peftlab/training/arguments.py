@@ -61,6 +61,8 @@ def training_arguments(config: TrainConfig, rows: int) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         torch_empty_cache_steps=None,
+        # True multiplies the loss by the number of processes, to undo a division that our mean losses never made.
+        average_tokens_across_devices=False,
     )
     if arguments.device.type == "cuda":
         arguments._n_gpu = 1  # else Trainer splits each batch over every GPU it sees; several GPUs go by accelerate
