@@ -161,13 +161,19 @@ def test_cached_decoding_is_the_full_forward():
 
 
 def test_beams():
-    """One beam is greedy; more beams find another, more likely answer; with and without cache they agree."""
+    """One beam takes the likeliest token each time; more beams find another, more likely answer, with or without cache.
+    """
     lively = {"initializer_factor": 2.0}  # with usual weights it says the same token over and over
     model = prefixed(**lively)
     inputs = {k: v for k, v in batch().items() if k != "labels"}
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     greedy = model.generate(**inputs, **options)
-    assert torch.equal(greedy, model.generate(**inputs, num_beams=1, **options))
+    likeliest = torch.zeros(2, 1, dtype=torch.long)  # the decoder's start
+    for _ in range(8):
+        logits = model(**inputs, decoder_input_ids=likeliest, use_cache=False).logits[:, -1]
+        logits[:, model.config.eos_token_id] = -torch.inf  # min_new_tokens
+        likeliest = torch.cat([likeliest, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(greedy, likeliest)
     wide = model.generate(**inputs, num_beams=4, **options)
     assert torch.equal(wide, model.generate(**inputs, num_beams=4, use_cache=False, **options))
 
@@ -306,6 +312,15 @@ def test_damage_and_other_bases_are_refused(saved, tmp_path):
     (folder / "prefix.safetensors").unlink()
     write_manifest(folder)
     with pytest.raises(UserError, match="no prefix.safetensors"):
+        load_stack(str(folder), device="cpu")
+
+
+def test_labels_that_are_no_list_are_refused(saved):
+    _, folder, _ = saved
+    stack = json.loads((folder / "stack.json").read_text())
+    (folder / "stack.json").write_text(json.dumps({**stack, "labels": 7}))
+    write_manifest(folder)
+    with pytest.raises(UserError, match="labels 7"):
         load_stack(str(folder), device="cpu")
 
 

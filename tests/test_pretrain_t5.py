@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import signal
@@ -19,10 +20,14 @@ from peftlab.evaluation.targets import target_nlls
 from peftlab.models.catalog import resolve
 from peftlab.models.fresh import new_model
 from peftlab.recipes.launch import dry_run, launch
+from peftlab.recipes.pretrain import PretrainConfig
+from peftlab.recipes.pretrain_card import Facts, card
 from peftlab.runs.atomic import read_rows
 from peftlab.runs.rundir import RunDir
+from peftlab.training.trainer import Rows
 
-T5 = ["architecture=t5", "vocab_size=400", "max_length=96", "max_steps=8", "epochs=3", "lr=1e-2", "save_every=3"]
+# 40 rows, one block and one gap of each text: five batches an epoch, so that eight steps go past `epochs`.
+T5 = ["architecture=t5", "vocab_size=400", "max_length=96", "batch_size=8", "max_steps=8", "lr=1e-2", "save_every=3"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,7 +80,30 @@ def test_it_leaves_a_t5_that_loads_and_is_as_good_as_it_says(whole, shop):
             assert {shard.get_tensor(name).dtype for name in shard.keys()} == {torch.float16}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("step", [2, 5, 8])
+def test_an_epoch_is_a_pass(shop, tmp_path, monkeypatch):
+    """It shows every item once, and what it shows of one is never shown again, past `epochs` neither."""
+    taken: list[tuple[int, tuple[int, ...]]] = []
+    get = Rows.__getitem__
+
+    def noting(self, index: int):
+        row = get(self, index)
+        taken.append((index % 40, tuple(row["input_ids"])))
+        return row
+
+    monkeypatch.setattr(Rows, "__getitem__", noting)
+    go(shop, tmp_path, "max_steps=12")
+    assert next(read_rows(tmp_path / "t5" / "metrics.jsonl"))["data/rows"] == 40
+    taken = taken[: 12 * 8]  # the loader may read ahead
+    for start in (0, 40):
+        assert sorted(item for item, _ in taken[start : start + 40]) == list(range(40))
+    assert len({item for item, _ in taken[80:]}) == 16
+    blocks = [row for row in taken if row[0] < 20]
+    assert len(set(blocks)) == len(blocks)
+    inputs = [{ids for item, ids in taken[start : start + 40] if item >= 20} for start in (0, 40)]
+    assert not inputs[0] & inputs[1], "a gap's sentence is masked in every other pass"
+
+
+@pytest.mark.parametrize("step", [2, 5, 6, 8])
 def test_a_stopped_run_resumes_to_the_same_bits(shop, whole, tmp_path, monkeypatch, step):
     asked = itertools.count(1)
     with monkeypatch.context() as patch:
@@ -96,7 +124,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(shop, whole, tmp_path, monkeypat
 def test_texts_of_one_sentence_train_without_gaps(shop, tmp_path):
     rows = [{"text": f"the film w{number} was good"} for number in range(12)]
     data = tiny.write_rows(tmp_path / "short.jsonl", rows)
-    summary = go(shop, tmp_path, f"train_data={data}", f"eval_data={data}", "max_steps=1")
+    same = tiny.write_rows(tmp_path / "short-test.jsonl", rows)
+    summary = go(shop, tmp_path, f"train_data={data}", f"eval_data={same}", "max_steps=1")
     assert summary["metrics"].keys() == {"eval/perplexity"}
 
 
@@ -120,3 +149,17 @@ def test_padding_and_order_do_not_change_what_is_measured(whole):
     for row, total in zip(rows, sums, strict=True):
         batch = {name: torch.tensor([ids]) for name, ids in row.items()}
         assert total == pytest.approx(model(**batch).loss.item() * len(row["labels"]), rel=1e-4)
+
+
+def test_the_card_says_what_it_was_trained_on_and_where(whole, shop, monkeypatch):
+    own = (whole / "model" / "README.md").read_text()
+    assert f"on the texts of {shop['texts']} and on nothing else" in own
+    assert "IMDb" not in own and "review" not in own
+    facts = Facts({"eval/perplexity": 9.0}, {"eval/perplexity": (8.0, 10.0)}, 1, 1.0, 1, 1, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    mixed = f"imdb:train+{shop['texts']}"
+    for data, reviews in (("imdb:train", True), ("imdb:train+imdb:judge", True), (mixed, False)):
+        told = card(PretrainConfig(train_data=data, device="cpu"), facts, [])
+        assert ("IMDb reviews" in told, "card" in told) == (reviews, False) and data in told
+    assert "card 1" in card(PretrainConfig(), dataclasses.replace(facts, device=torch.device("cuda:1")), [])

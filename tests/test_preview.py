@@ -78,7 +78,8 @@ def test_of_a_text_all_is_learned_but_the_first_token_of_a_block(shop):
 def test_of_a_chat_the_last_answer_is_learned(shop, tmp_path):
     folder = Path(tmp_path / "chatty")
     tiny.causal_folder(folder)
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
     (folder / "chat_template.jinja").write_text(template)
     rows = [{"messages": [{"role": role, "content": text} for role, text in TURNS]}]
     spec = tiny.write_rows(tmp_path / "chat.jsonl", rows)

@@ -22,14 +22,16 @@ from peftlab.recipes.launch import launch
 from peftlab.runs.atomic import read_rows
 from peftlab.runs.rundir import RunDir
 
-# Ten batches an epoch, so that each stop below is in the middle of one; dropout draws from the global generator.
+# Six batches an epoch or ten, so that each stop below is in the middle of one; where there is dropout, it draws from
+# the global generator.
 LONG = {
     "sft": ["max_steps=16", "lora.dropout=0.1", "max_length=16", "train_limit=30", "save_every=6"],
     "classify": ["max_steps=16", "batch_size=4", "lora.dropout=0.1", "save_every=6"],
+    "summarize": ["max_steps=16", "beams=1", "save_every=6"],
     "pretrain": ["max_steps=16", "max_length=16", "save_every=6"],
     "ppo": ["steps=6", "reward=", "reward_function=gate:count", "kl_target=1.0", "critic=adapter", "save_every=2"],
 }
-STOPS = {"sft": (3, 13), "classify": (3, 13), "pretrain": (9,), "ppo": (1, 4)}
+STOPS = {"sft": (3, 13), "classify": (3, 13), "summarize": (3, 13), "pretrain": (9,), "ppo": (1, 4)}
 
 # A reward that, once told to, holds the run in the middle of step 3 until the file `go` is there.
 GATE = '''
@@ -86,7 +88,7 @@ def go(shop: dict[str, str], verb: str, runs: Path, resume: bool = False) -> dic
 
 
 def weights(run: Path) -> bytes:
-    return next(run.glob("*/*model.safetensors")).read_bytes()
+    return next(run.glob("*/*.safetensors")).read_bytes()
 
 
 def logged(run: Path) -> list[dict[str, float]]:

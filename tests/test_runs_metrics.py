@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,14 @@ def test_the_glossary_is_the_one_in_docs():
     assert (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8") == glossary(), (
         "run: python -m peftlab.runs.metrics > docs/metrics.md"
     )
+
+
+def test_a_prefix_has_one_table_in_the_order_of_the_registry():
+    titles = re.findall("^## (.*)$", glossary(), re.M)
+    assert len(titles) == len(set(titles)) and set(titles) == {name.split("/")[0] for name in METRICS}
+    for title in titles:
+        table = glossary().split(f"## {title}\n")[1].split("\n## ")[0]
+        assert re.findall(r"^\| `(.*?)`", table, re.M) == [name for name in METRICS if name.startswith(f"{title}/")]
 
 
 @pytest.mark.parametrize("entry", METRICS.values(), ids=METRICS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from peftlab.config import load_config
 from peftlab.data.records import SummaryPair
 from peftlab.data.tokenize import IGNORED
 from peftlab.errors import Interrupted, UserError
-from peftlab.evaluation.summaries import SummaryFormat, leads, score_summaries, summarize
+from peftlab.evaluation.summaries import MOST, SummaryFormat, leads, score_summaries, summarize
 from peftlab.models.adapters import load_stack
 from peftlab.models.catalog import resolve
 from peftlab.recipes.evaluate import evaluate
@@ -168,9 +169,36 @@ def test_an_adapters_own_format_is_read_and_checked():
     form = SummaryFormat("sum up: ", 99, 7, 3)
     assert SummaryFormat.of({"recipe": "summarize", **form.facts()}) == form
     assert SummaryFormat.of({}) == SummaryFormat()
-    for wrong in ({"beams": 0}, {"beams": "4"}, {"max_summary": True}, {"task_prefix": None}):
+    wrongs = ({"beams": 0}, {"beams": "4"}, {"max_summary": True}, {"task_prefix": None})
+    for wrong in (*wrongs, *({name: most + 1} for name, most in MOST.items())):
         with pytest.raises(UserError, match=next(iter(wrong))):
             SummaryFormat.of(wrong)
+
+
+def test_what_a_run_may_ask_for_its_summarizer_may_do():
+    assert SummaryFormat.of(MOST).beams == SummarizeConfig(**MOST).beams == MOST["beams"]
+    for name, most in MOST.items():
+        with pytest.raises(ValueError, match=name):
+            SummarizeConfig(**{name: most + 1})
+
+
+@pytest.mark.parametrize("facts, said", [
+    (["beams"], None), (7, None), ("beams", None), (None, None), ({"beams": 99_999_999}, "beams: 99999999 is no way"),
+])
+def test_a_strangers_model_may_say_anything_in_our_key(shop, tmp_path, facts, said):
+    """What is no mapping is none of ours; a mapping is read, and refused where it asks for too much."""
+    folder = Path(shutil.copytree(shop["t5"], tmp_path / "t5"))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, "peftlab": facts}))
+    for command in ("predict {t5} --text 'a film.' --device cpu", "eval {t5} --data {rows} --limit 1 --device cpu"):
+        done = peftlab(command, t5=str(folder), rows=shop["summaries_test"])
+        assert done.code == (2 if said else 0), done.err
+        assert (said or "") in done.err and "Traceback" not in done.err
+
+
+def test_generate_says_what_a_summarizer_does_instead(shop):
+    done = peftlab("generate {t5} --prompt 'a film' --device cpu", t5=shop["t5"])
+    assert done.code == 2 and "is a seq2seq, which cannot continue text; try `peftlab predict" in done.err
 
 
 def test_summaries_do_not_depend_on_their_neighbours(shop):

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from peftlab.data.collate import collate_language
 from peftlab.data.tokenize import IGNORED, document_ids, pack, prompt_completion
 from peftlab.evaluation.perplexity import row_nlls
+from peftlab.recipes.launch import dry_run, launch
+from peftlab.runs.atomic import read_rows
 from peftlab.training.sampler import BucketSampler
 
 SPELLING = tiny.spelling_tokenizer()
@@ -180,6 +182,21 @@ def test_windows_keep_most_of_the_saving_and_batches_come_in_no_order_of_length(
     assert abs(float(torch.corrcoef(order)[0, 1])) < 0.3
 
 
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 4))
+def test_an_epoch_goes_through_a_pass_of_its_own(lengths, batch_size, passes):
+    """In the order, by its own seed, that it has where all epochs share one pass."""
+    plain, several = BucketSampler(lengths, batch_size, 3), BucketSampler(lengths, batch_size, 3, passes=passes)
+    seen: list[int] = []
+    for epoch in range(passes):
+        for sampler in (plain, several):
+            sampler.set_epoch(epoch)
+        seen += several
+        assert list(several) == [epoch * len(lengths) + row for row in plain]
+    assert sorted(seen) == list(range(passes * len(lengths)))
+    several.set_epoch(passes)
+    assert sorted(several) == list(range(len(lengths)))
+
+
 def test_epochs_and_seeds_differ():
     orders = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
@@ -187,3 +204,13 @@ def test_epochs_and_seeds_differ():
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
     assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "sft", "classify", "summarize"])
+def test_a_dry_run_tells_the_steps_of_the_run(tmp_path, verb):
+    """A part of an epoch too small for one step is one step; nobody trains for none."""
+    pairs = tiny.overrides(tiny.workshop(tmp_path / "shop"), verb, "max_steps=0", "epochs=0.01")
+    told = dry_run(verb, None, pairs)
+    launch(verb, None, pairs, tmp_path, "run")
+    done = max(row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert told.get("steps", told.get("steps (estimate)")) == done == 1

@@ -130,11 +130,11 @@ def gaps(texts: Sequence[str], tokenizer: Any, length: int) -> list[Gap]:
 
 
 class Views(Sequence[Row]):
-    """Several passes over blocks and gaps, each corrupted anew, as one list of rows.
+    """`views` passes over blocks and gaps, each corrupted anew, one behind the other.
 
     Row i is pass i // N and item i % N of N items: a function of (seed, i) alone, made when it is asked for, so that
-    memory holds the documents once and a resumed run sees the same rows. A gap's sentence is masked in every other
-    pass and left in place in the rest.
+    memory holds the documents once, however many the passes, and a resumed run sees the same rows. A gap's sentence is
+    masked in every other pass and left in place in the rest.
     """
 
     def __init__(self, blocks: Sequence[list[int]], gaps: Sequence[Gap], tokenizer: Any, seed: int, views: int) -> None:
@@ -158,10 +158,7 @@ class Views(Sequence[Row]):
         return {"input_ids": shown, "labels": target}
 
     def lengths(self) -> list[int]:
-        """Input tokens of every row, without making the rows."""
+        """Input tokens of the rows of any pass, without making them; of a gap, with its sentence in place."""
         counts = [(len(ids), *span_counts(len(ids))) for ids in self.blocks]
         corrupted = [length - noise + spans + 1 for length, noise, spans in counts]
-        whole = [[len(gap.row(mask)["input_ids"]) for gap in self.gaps] for mask in (None, self.mask)]
-        start = len(self.blocks)
-        gaps = [[whole[(view + start + n) % 2][n] for n in range(len(self.gaps))] for view in range(2)]
-        return [length for view in range(self.views) for length in (*corrupted, *gaps[view % 2])]
+        return corrupted + [len(gap.row(None)["input_ids"]) for gap in self.gaps]

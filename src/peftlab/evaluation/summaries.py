@@ -15,6 +15,10 @@ from ..data.tokenize import Row, encode, sentences
 from ..errors import UserError
 from .rouge import Rouge, rouge
 
+# The most that a format may ask for: it comes with an adapter or a model, from anyone. Beams take memory at once; the
+# lengths are far above any document and any summary, so that what has no end ends.
+MOST = {"max_length": 1_000_000, "max_summary": 32_768, "beams": 64}
+
 
 @dataclass(frozen=True)
 class SummaryFormat:
@@ -27,12 +31,19 @@ class SummaryFormat:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> SummaryFormat:
-        """The format among an adapter's extra facts; defaults for what is not there. UserError for nonsense."""
+        """The format among an adapter's extra facts; defaults for what is not there.
+
+        UserError for a value of another type, for numbers below 1, and for those above `MOST`.
+        """
         known = {field.name: facts[field.name] for field in fields(cls) if field.name in facts}
         for name, value in known.items():
             wanted = type(getattr(cls, name))
-            if type(value) is not wanted or (wanted is int and value < 1):
-                raise UserError(f"{name}: {value!r} is no way to write summaries; restore the adapter or train again")
+            if type(value) is not wanted or (wanted is int and not 1 <= value <= MOST[name]):
+                fits = f"a number from 1 to {MOST[name]}" if wanted is int else "a text"
+                raise UserError(
+                    f"{name}: {value!r} is no way to write summaries, which takes {fits}; "
+                    "restore the adapter or the model, or train again"
+                )
         return cls(**known)
 
     def facts(self) -> dict[str, Any]:

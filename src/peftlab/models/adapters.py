@@ -257,16 +257,19 @@ def load_stack(
 
     Adapters under the top one are always merged, in float32. With `merge` the top one is too, unless it is a prefix;
     otherwise the model is a PeftModel whose active adapter is "policy". The extra facts of a model that the lab trained
-    whole are those in its config.
+    whole are those in its config; `peftlab` may mean anything in a stranger's, and only a mapping can be facts.
     """
     entry = resolve(name)
     if entry.kind != "adapter":
         kind: Kind = "seq2seq" if entry.kind == "seq2seq" else "causal"
         backbone = load_backbone(name, kind, device=device, dtype=dtype)
-        return backbone, Stack(kind, name, backbone.fingerprint, extra=getattr(backbone.model.config, "peftlab", {}))
+        facts = getattr(backbone.model.config, "peftlab", {})
+        return backbone, Stack(kind, name, backbone.fingerprint, extra=facts if isinstance(facts, Mapping) else {})
     folder = Path(entry.path)
     stack = read_stack(folder)
     labels = stack.extra.get("labels", [0, 1])
+    if not isinstance(labels, list):
+        raise UserError(f"adapter {folder}: stack.json says labels {labels!r}; it is a list of names")
     base = load_backbone(stack.base, stack.kind, device=device, num_labels=len(labels))
     model = base.model
     for under in stack.under:

@@ -19,7 +19,7 @@ from ..models.backbone import Backbone, load_backbone
 from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, pad_right
 from ..runs.atomic import write_json
 from ..runs.rundir import RunDir
-from ..training.arguments import TrainConfig, training_arguments
+from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
 from .common import load_recorded, load_rows, require_gradients, resume_point, seed_everything, trained_parameters
 
@@ -117,7 +117,7 @@ def plan(config: ClassifyConfig) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "tokens": sum(len(row["input_ids"]) for row in rows),
-        "steps": config.max_steps or int(config.epochs * -(-len(rows) // config.batch_size)),
+        "steps": total_steps(config, len(rows)),
         "trained parameters": trained_parameters(model),
     }
 

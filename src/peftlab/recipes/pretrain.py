@@ -1,4 +1,4 @@
-"""Train a small GPT-2 or T5 from scratch on the training reviews: tokenizer, model, held-out perplexity, model card."""
+"""Train a small GPT-2 or T5 from scratch on plain text: tokenizer, model, held-out perplexity, model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..evaluation.perplexity import perplexity, perplexity_interval
 from ..models.fresh import SMALLEST_VOCABULARY, Architecture, new_model, save_model, train_tokenizer
 from ..runs.rundir import RunDir
-from ..training.arguments import TrainConfig, training_arguments
+from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
 from .common import load_recorded, load_rows, resume_point, seed_everything, trained_parameters
 from .pretrain_card import Facts, card
@@ -51,7 +51,7 @@ CONFIG = PretrainConfig
 
 
 def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
-    """Train, measure on held-out reviews, write `model/` with its card."""
+    """Train, measure on held-out texts, write `model/` with its card."""
     with run.session():
         if run.finished:
             return run.summary or {}
@@ -85,8 +85,8 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
         after, intervals = _figures(task, model)
         run.log(after, trainer.state.global_step)
         save_model(model, tokenizer, run.path / "model")
-        steps = trainer.state.global_step
-        facts = Facts(after, intervals, task.epoch_tokens, seconds, trained_parameters(model), steps)
+        size, steps = trained_parameters(model), trainer.state.global_step
+        facts = Facts(after, intervals, task.epoch_tokens, seconds, size, steps, model.device)
         (run.path / "model" / "README.md").write_text(card(config, facts, task.samples(model)), encoding="utf-8")
         return run.finish(after, before, intervals, {"model": "model"})
 
@@ -101,9 +101,8 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         rows = -(-int(sum(lengths)) // config.max_length)
     else:  # a gap sentence of every text, a row of every block
         rows = len(texts) + sum(int(-(-length // (config.max_length - 1))) for length in lengths)
-    steps = config.max_steps or int(config.epochs * -(-rows // config.batch_size))
     sizes = {"rows": len(texts), "tokens (estimate)": int(sum(lengths)), "parameters": parameters}
-    return {**sizes, "steps (estimate)": steps}
+    return {**sizes, "steps (estimate)": total_steps(config, rows)}
 
 
 def _texts(data: RecordSet) -> list[str]:
@@ -116,7 +115,7 @@ def _texts(data: RecordSet) -> list[str]:
 def _task(train: list[str], test: list[str], tokenizer: Any, config: PretrainConfig) -> Task:
     if config.architecture == "gpt2":
         return LanguageModelling(train, test, tokenizer, config.max_length)
-    return Denoising(train, test, tokenizer, config.max_length, config.seed, config.epochs)
+    return Denoising(train, test, tokenizer, config.max_length, config)
 
 
 def _model(vocabulary: int, config: PretrainConfig) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,13 +15,14 @@ from ..errors import UserError
 from ..evaluation.perplexity import row_nlls
 from ..evaluation.targets import target_nlls
 from ..sampling.sampler import Decoding, Sampler
-from .sft import row_length
+from ..training.arguments import TrainConfig, total_steps
+from ..training.sampler import pair_length, row_length
 
 CARD_PROMPTS = ("This movie is", "I watched this because", "The acting")
 
 
 class Task(Protocol):
-    """`rows` for the trainer with their `lengths`; `epoch_rows` and `epoch_tokens` of them are one pass."""
+    """`rows` for the trainer: passes over `epoch_rows` rows of `epoch_tokens` tokens and these `lengths`."""
 
     rows: Sequence[Row]
     lengths: list[int]
@@ -70,22 +70,23 @@ class LanguageModelling(Task):
 
 
 class Denoising(Task):
-    """Fill the gaps of corrupted blocks, and say the principal sentence of a review: every pass has one row of each.
+    """Fill the gaps of corrupted blocks, and say the principal sentence of a text: every epoch has one row of each.
 
-    Each pass corrupts anew (data/spans.py), so that no epoch repeats another.
+    An epoch is a pass that corrupts anew (data/spans.py), so that none repeats another.
     """
 
     def __init__(
-        self, train: list[str], test: list[str], tokenizer: Any, length: int, seed: int, epochs: float
+        self, train: list[str], test: list[str], tokenizer: Any, length: int, config: TrainConfig
     ) -> None:
         self.tokenizer = tokenizer
         parts = blocks(train, tokenizer, length), gaps(train, tokenizer, length)
-        rows = Views(*parts, tokenizer, seed, math.ceil(epochs))
-        if not rows.items:
+        self.epoch_rows = len(parts[0]) + len(parts[1])
+        if not self.epoch_rows:
             raise UserError("train_data: no text has two tokens, so there is nothing to hide")
-        self.rows, self.lengths, self.epoch_rows = rows, rows.lengths(), rows.items
-        answers = sum(len(rows[row]["labels"]) for row in range(rows.items))
-        self.epoch_tokens = sum(self.lengths[: self.epoch_rows]) + answers
+        # As many passes as steps: no run has more epochs, on however many GPUs, and a pass costs no memory.
+        rows = Views(*parts, tokenizer, config.seed, total_steps(config, self.epoch_rows))
+        self.rows, self.lengths = rows, rows.lengths()
+        self.epoch_tokens = sum(pair_length(rows[row]) for row in range(self.epoch_rows))
         # The held-out corruption has a seed of its own: the figure compares runs of different seeds.
         held_out = Views(blocks(test, tokenizer, length), [], tokenizer, 0, 1)
         self.held_out = list(held_out)

@@ -17,7 +17,7 @@ from ..data.prompts import openings
 from ..data.sources import load_records
 from ..data.tokenize import IGNORED
 from ..errors import UserError
-from ..evaluation.summaries import SummaryFormat
+from ..evaluation.summaries import MOST, SummaryFormat
 from ..models.adapters import read_stack
 from ..models.backbone import NEEDS, Task
 from ..models.catalog import resolve
@@ -142,7 +142,7 @@ def _read(name: str, ids: list[int]) -> Piece:
 JOBS = {
     "sft": Job("sft", "causal", _sft, {"max_length": UNLIMITED, "document_tokens": 0}),
     "classify": Job("classify", "classifier", _classify, {"max_length": UNLIMITED, "crop": 0.0, "views": 1}),
-    "summarize": Job("summarize", "seq2seq", _summarize, {"max_length": UNLIMITED, "max_summary": UNLIMITED}),
+    "summarize": Job("summarize", "seq2seq", _summarize, {n: MOST[n] for n in ("max_length", "max_summary")}),
     "prompts": Job("ppo", "causal", _prompts, {"prompt_tokens": (UNLIMITED, UNLIMITED)}),
 }
 

@@ -15,7 +15,8 @@ from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
 from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, load_stack, save_adapter, stack_over
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Sampler
-from ..training.arguments import TrainConfig, training_arguments
+from ..training.arguments import TrainConfig, total_steps, training_arguments
+from ..training.sampler import row_length
 from ..training.trainer import LabTrainer
 from .common import load_recorded, load_rows, require_gradients, resume_point, seed_everything, trained_parameters
 
@@ -98,11 +99,10 @@ def plan(config: SftConfig) -> dict[str, Any]:
     rows = rows_of(records, backbone.tokenizer, config)
     model = attach(backbone.model, config.lora, ADAPTER, base=under.base)
     require_gradients(adapter_parameters(model, ADAPTER))
-    steps = config.max_steps or int(config.epochs * -(-len(rows) // config.batch_size))
     return {
         "rows": len(rows),
         "tokens": sum(map(row_length, rows)),
-        "steps": steps,
+        "steps": total_steps(config, len(rows)),
         "trained parameters": trained_parameters(model),
         "bytes of one batch's logits": config.batch_size * config.max_length * backbone.model.config.vocab_size * 4,
     }
@@ -150,11 +150,6 @@ def _samples(asked: list[PromptCompletion], sides: dict[str, list[str]]) -> list
         for side, answers in sides.items()
         for record, answer in zip(asked, answers, strict=True)
     ]
-
-
-def row_length(row: Row) -> int:
-    """Tokens of a row."""
-    return len(row["input_ids"])
 
 
 def _base(config: SftConfig) -> tuple[Any, Stack]:

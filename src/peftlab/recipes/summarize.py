@@ -16,13 +16,14 @@ from ..data.records import SummaryPair
 from ..data.tokenize import Row
 from ..evaluation.perplexity import perplexity, perplexity_interval
 from ..evaluation.rouge import Rouge
-from ..evaluation.summaries import SummaryFormat, lead_metrics, score_summaries, summarize
+from ..evaluation.summaries import MOST, SummaryFormat, lead_metrics, score_summaries, summarize
 from ..evaluation.targets import target_nlls
 from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, attach_decoder_prefix, save_adapter
 from ..models.backbone import Backbone, load_backbone
 from ..models.prefix import attach_prefix, own_prefix, word_states
 from ..runs.rundir import RunDir
-from ..training.arguments import TrainConfig, training_arguments
+from ..training.arguments import TrainConfig, total_steps, training_arguments
+from ..training.sampler import pair_length
 from ..training.trainer import LabTrainer
 from .common import load_recorded, load_rows, require_gradients, resume_point, seed_everything, trained_parameters
 
@@ -39,8 +40,12 @@ class SummarizeConfig(TrainConfig):
     eval_data: str = "imdb-gist:test"
     train_limit: int = Field(0, ge=0, description="rows to train on, a seeded sample; 0 = all")
     eval_limit: int = Field(200, ge=0)
-    max_length: int = Field(512, ge=8, description="tokens of a document with its task prefix; longer ones are cut")
-    max_summary: int = Field(64, ge=2, description="tokens of a summary, in training and in writing")
+    max_length: int = Field(
+        512, ge=8, le=MOST["max_length"], description="tokens of a document with its task prefix; longer ones are cut"
+    )
+    max_summary: int = Field(
+        64, ge=2, le=MOST["max_summary"], description="tokens of a summary, in training and in writing"
+    )
     method: Literal["prefix-full", "prefix", "lora", "full"] = Field(
         "prefix-full",
         description="prefix-full: a prefix for encoder, decoder and cross-attention; prefix: PEFT's, for the decoder's "
@@ -48,7 +53,7 @@ class SummarizeConfig(TrainConfig):
     )
     prefix_tokens: int = Field(50, ge=1, description="positions of a prefix")
     prefix_hidden: int = Field(512, ge=0, description="width of the MLP that makes a prefix in training; 0 = no MLP")
-    beams: int = Field(4, ge=1)
+    beams: int = Field(4, ge=1, le=MOST["beams"])
     task_prefix: str = Field("summarize: ", description="text put before each document")
     lora: LoraVariants = LoraVariants()
 
@@ -71,12 +76,12 @@ def run(config: SummarizeConfig, run: RunDir) -> dict[str, Any]:
         model = _learner(backbone, config, rows)
         checkpoint = resume_point(run)
         if checkpoint is None:
-            run.log({**before.metrics, "data/rows": len(rows), "data/tokens": sum(map(row_length, rows))}, 0)
+            run.log({**before.metrics, "data/rows": len(rows), "data/tokens": sum(map(pair_length, rows))}, 0)
         trainer = LabTrainer(
             model,
             training_arguments(config, len(rows)),
             rows,
-            [row_length(row) for row in rows],
+            [pair_length(row) for row in rows],
             lambda batch: collate_seq2seq(batch, tokenizer.pad_token_id),
             run.checkpoints,
             run.log,
@@ -100,15 +105,10 @@ def plan(config: SummarizeConfig) -> dict[str, Any]:
     model = _learner(backbone, config, rows)
     return {
         "rows": len(rows),
-        "tokens": sum(map(row_length, rows)),
-        "steps": config.max_steps or int(config.epochs * -(-len(rows) // config.batch_size)),
+        "tokens": sum(map(pair_length, rows)),
+        "steps": total_steps(config, len(rows)),
         "trained parameters": trained_parameters(model),
     }
-
-
-def row_length(row: Row) -> int:
-    """Tokens of a row: document and summary."""
-    return len(row["input_ids"]) + len(row["labels"])
 
 
 class Measured:

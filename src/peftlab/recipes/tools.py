@@ -61,7 +61,7 @@ def load_sampler(name: str, device: str, dtype: str = "float32") -> Sampler:
     """A sampler on a base or an adapter stack, merged."""
     backbone, stack = load_stack(name, device=device, dtype=dtype)
     if stack.kind != "causal":
-        raise UserError(f"{name}: is a {stack.kind}, which cannot write text; try `peftlab predict {name}`")
+        raise UserError(f"{name}: is a {stack.kind}, which cannot continue text; try `peftlab predict {name}`")
     return Sampler(backbone.model, backbone.tokenizer)
 
 

@@ -32,10 +32,15 @@ class TrainConfig(Config):
     _fields_exist = field_validator("columns")(known_fields)
 
 
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of a training on `rows` rows an epoch, one at least."""
+    return config.max_steps or max(1, int(config.epochs * -(-rows // config.batch_size)))
+
+
 def training_arguments(config: TrainConfig, rows: int) -> TrainingArguments:
     """TrainingArguments that keep to themselves: no Hub, no tracker, no files of their own."""
     device = pick_device(config.device)
-    steps = config.max_steps or max(1, int(config.epochs * -(-rows // config.batch_size)))
+    steps = total_steps(config, rows)
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),

@@ -28,8 +28,9 @@ WEIGHTS = "trained.safetensors"
 
 
 class LabTrainer(Trainer):
-    """Trains the parameters of `model` that require gradients. `lengths`: tokens of each training row.
+    """Trains the parameters of `model` that require gradients.
 
+    `lengths`: tokens of each training row; where `rows` are several passes (see BucketSampler), of those of one.
     `loss`: the mean loss of a batch from the model's output and the batch's labels; by default the model's own.
     """
 
@@ -71,7 +72,9 @@ class LabTrainer(Trainer):
             raise Interrupted(self.stopper.signum)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
-        return BucketSampler(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
+        rows: Any = self.train_dataset
+        passes = len(rows) // len(self.lengths)
+        return BucketSampler(self.lengths, self.args.per_device_train_batch_size, self.args.seed, passes=passes)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging
