@@ -224,6 +224,37 @@ def test_eval_measures_a_text_model_and_a_classifier(place, shop):
     assert "eval/accuracy" in told("eval imdb-sentiment --data rows.jsonl")
 
 
+def test_eval_reads_columns_of_another_name(place, shop):
+    rows = [{"review": row["text"], "stars": row["label"], "text": "no"} for row in tiny.reviews(12)]
+    own, same = tiny.write_rows(place / "own.jsonl", rows), tiny.write_rows(place / "same.jsonl", tiny.reviews(12))
+    for stack, named in ((shop["gpt2"], "--columns text=review"),
+                         ("imdb-sentiment", "--columns text=review --columns label=stars")):
+        mapped = json.loads(told(f"eval {stack} --data {own} --device cpu --json {named}"))
+        plain = json.loads(told(f"eval {stack} --data {same} --device cpu --json"))
+        assert mapped | {"data": same} == plain
+    documents = [{"dialogue": row["document"], "summary": row["summary"]} for row in tiny.summaries(3)]
+    talk = tiny.write_rows(place / "talk.jsonl", documents)
+    found = json.loads(told(f"eval {shop['t5']} --data {talk} --device cpu --json --columns document=dialogue"))
+    assert found["rows"] == 3
+    outcome = peftlab(f"eval {shop['gpt2']} --data {own} --columns txet=review")
+    assert outcome.code == 2 and "did you mean text" in outcome.err and outcome.out == ""
+
+
+def test_eval_of_a_text_model_on_labelled_pairs_is_the_rubric(place, shop):
+    rows = [{"prompt": f"Review: {row['text'][:20]}\nAnswer:", "completion": " yes", "label": float(row["label"])}
+            for row in tiny.reviews(6)]
+    pairs = tiny.write_rows(place / "pairs.jsonl", rows)
+    found = json.loads(told(f"eval {shop['gpt2']} --data {pairs} --limit 3 --device cpu --json"))
+    assert found["rows"] == 3 and found["metrics"].keys() == found["intervals"].keys()
+    assert found["metrics"].keys() >= {"rubric/label", "rubric/evidence", "rubric/all"}
+    assert "eval/perplexity" not in found["metrics"]
+    mixed = tiny.write_rows(place / "mixed.jsonl", [*rows, {"text": "a film"}])
+    bare = tiny.write_rows(place / "bare.jsonl", [{"prompt": "a", "completion": "b"}])
+    for file in (mixed, bare):
+        outcome = peftlab(f"eval {shop['gpt2']} --data {file} --device cpu")
+        assert outcome.code == 2 and "`text`" in outcome.err and "`label`" in outcome.err
+
+
 def test_a_training_verb_ends_with_its_figures_and_the_report(shop, place):
     out = told(" ".join(["sft", "--run", "mine", *tiny.overrides(shop, "sft", "max_steps=1")]))
     assert "eval/perplexity" in out and "mine: done" in out

@@ -188,7 +188,8 @@ def test_columns_are_mapped(tmp_path):
     [
         # A mapping wins over a column that has the field's own name.
         ("classify", {"text": "a", "body": "b", "label": 1}, {"text": "body"}, LabelledText("0", "b", 1)),
-        ("classify", {"text": "a", "label": 1}, {"text": "body"}, "text: missing; the row has 'label'"),
+        ("classify", {"text": "a", "label": 1}, {"text": "body"},
+         "text: the row has no column 'body'; it has 'text', 'label'"),
         # Two fields may change places.
         ("preferences", {"prompt": "p", "chosen": "bad", "rejected": "good"},
          {"chosen": "rejected", "rejected": "chosen"}, PreferencePair("0", "p", "good", "bad")),
@@ -204,6 +205,65 @@ def test_a_mapping_means_what_it_says(kind, row, columns, record, tmp_path):
     path.write_text(json.dumps(row))
     result = check_file(path, kind, columns=columns)
     assert [*result.records, *(reason for _, reason in result.bad)] == [record]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "columns", "reason"),
+    [
+        ("sft", {"text": "t", "stars": 1}, {"text": "review"},
+         "text: the row has no column 'review'; it has 'text', 'stars'"),
+        ("sft", {"text": "t"}, {"completion": "answer"}, "completion: the row has no column 'answer'; it has 'text'"),
+        ("classify", {"review": "r", "stars": 1}, {"text": "review"}, "label: missing; the row has 'review', 'stars'"),
+        ("sft", {}, {"text": "review"}, "text: the row has no column 'review'; it has no fields"),
+        ("sft", {"said": [{"role": "user", "text": "a"}]}, {"messages": "said"},
+         "messages[0].content: missing; the row has 'role', 'text'"),
+        # An optional field's column may be missing of a row.
+        ("prompts", {"prompt": "p"}, {"label": "stars"}, None),
+    ],
+)
+def test_a_mapped_column_that_is_missing_is_named_as_the_file_names_it(kind, row, columns, reason, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    assert [why for _, why in check_file(path, kind, columns=columns).bad] == [reason] * (reason is not None)
+
+
+@pytest.mark.parametrize(
+    ("ids", "records", "reason"),
+    [
+        (["1", None, None], ["1", "2"], (2, "id: missing, and the row's number, 1, is also in line 1")),
+        ([None, None, "0"], ["0", "1"], (3, "id: '0' is also in line 1, which has no id and goes by its number")),
+        ([None, 2, 2], ["0", "2"], (3, "id: '2' is also in line 2")),
+        (["7", None, "", None], ["7", "1", "2", "3"], None),
+    ],
+)
+def test_a_number_that_stands_for_an_id_is_no_other_rows_id(ids, records, reason, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"id": own, "text": "a"}) + "\n" for own in ids))
+    result = check_file(path, "sft")
+    assert [record.id for record in result.records] == records
+    assert result.bad == ([reason] if reason else [])
+
+
+def test_a_bad_row_takes_no_id(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n{"text": "a", "id": 0}\n')
+    assert [line for line, _ in check_file(path, "sft").bad] == [1]
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [(1.0, 1), (0.0, 0), (1, 1), ("Pos ", 1), ("0", 0), (0.5, None), (7, None), (float("nan"), None), (True, None),
+     (None, None), ("five", None), ([1], None)],
+)
+def test_the_label_of_a_pair_is_read_as_a_classifiers_is(value, label):
+    """1.0 is what pandas makes of 1 in a column with gaps. Of a pair, what is no class is no defect."""
+    pair = {"prompt": "a", "completion": "b", "label": value}
+    assert parse_row("sft", pair, 0).label == label
+    if label is None:
+        with pytest.raises(ValueError, match="label: "):
+            parse_row("classify", {"text": "a", "label": value}, 0)
+    else:
+        assert parse_row("classify", {"text": "a", "label": value}, 0).label == label
 
 
 def test_csv_rows_are_named_by_the_line_they_begin_on(tmp_path):

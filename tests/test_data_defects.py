@@ -233,6 +233,8 @@ def test_columns_and_labels_go_along(tmp_path):
         ("--columns text", ["--columns text", "FIELD=COLUMN"]),
         ("--columns txet=review", ["txet", "did you mean text"]),
         ("--columns score=review", ["score", "text, label"]),
+        ("--columns text=a --columns prompt=b", ["--columns", "text and prompt", "map one"]),
+        ("--columns messages=a --columns completion=b", ["completion and messages", "map one"]),
         ("--labels a", ["--labels a", "two or more"]),
         ("--labels a,,b", ["--labels a,,b"]),
         ("--labels a,A", ["different"]),

@@ -50,6 +50,26 @@ def test_a_plus_in_a_files_name_is_no_join(tmp_path):
     assert load_records(str(tmp_path / "a+b.jsonl"), "sft").records == [Text("0", "a")]
 
 
+def test_ids_are_unique_over_the_parts_of_a_spec(rows, tmp_path):
+    def ids(spec):
+        return [record.id for record in load_records(spec, "classify").records]
+
+    assert ids(f"{rows}+{rows}") == [*map(str, range(5)), *(f"2:{n}" for n in range(5))]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"id": own, "text": "a", "label": 1}) + "\n" for own in ("0", "2:0", "new")))
+    assert ids(f"{rows}+{other}+{other}")[5:] == ["2:0", "2:2:0", "new", "3:0", "3:2:0", "3:new"]
+    assert ids(f"imdb:train+{rows}")[20:] == [*map(str, range(5))], "nothing is taken"
+
+
+def test_the_hash_of_the_reviews_is_what_it_was(monkeypatch):
+    """Runs that are recorded can be resumed: nothing in how data is read changes ids or order of the reviews."""
+    more = [LabelledText(f"rotten-tomatoes/{i}", f"line {i}", i % 2) for i in range(5)]
+    monkeypatch.setattr(sources, "load_block", lambda name: more if name == "rotten-tomatoes" else REVIEWS)
+    assert load_records("imdb:judge+rotten-tomatoes", "classify").records == REVIEWS + more
+    assert load_records("imdb:train", "sft").sha256.startswith("f13054b81a72")
+    assert load_records("imdb:judge+rotten-tomatoes", "classify", 12, 4).sha256.startswith("a14a6d5e8f51")
+
+
 def test_a_limit_draws_by_seed():
     drawn = load_records("imdb:train", "classify", limit=8, seed=1)
     assert len({r.id for r in drawn.records}) == 8 and set(drawn.records) <= set(REVIEWS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -143,6 +145,23 @@ def test_what_is_no_such_file_is_refused(blocks, tmp_path):
         load_records("imdb-gist:absent.jsonl.gz", "summarize")
 
 
+@pytest.mark.parametrize(("name", "kind"), [("imdb-gist", "summarize"), ("imdb-explanations", "sft")])
+@pytest.mark.parametrize("split", ["train", "test", "absent.jsonl.gz"])
+def test_what_is_not_there_says_how_it_is_built_and_then_loaded(name, kind, split, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(joined, "SHIPPED", tmp_path / "nothing")
+    with pytest.raises(UserError) as caught:
+        load_records(f"{name}:{split}", kind)
+    what = name.removeprefix("imdb-")
+    assert f"`peftlab data {what} --output FOLDER`" in str(caught.value)
+    # What the builder writes into the folder is what the spec names.
+    names = [f"{what}-{part}.jsonl.gz" for part in joined.BLOCK_OF]
+    for file in names:
+        write(tmp_path / file, [row(REVIEWS[3], summary="A gist.")])
+    spec = re.search(r"give (\S+)$", str(caught.value))[1]
+    assert Path(spec).name == f"{what}-{split if split in joined.BLOCK_OF else 'train'}.jsonl.gz"
+    assert len(load_records(spec.replace("FOLDER", str(tmp_path)), kind).records) == 1
+
+
 @pytest.mark.parametrize("name", joined.COLUMNS)
 @pytest.mark.parametrize("split", joined.BLOCK_OF)
 def test_what_is_shipped_joins_and_holds(name, split):
@@ -192,10 +211,19 @@ def test_telling_spans_are_pieces_of_the_review_that_speak_for_its_label(evidenc
         assert any(word in spans[0].text for word in told)
 
 
-@given(review=st.text(alphabet=st.sampled_from("abc ,.;!?\"'-\n"), max_size=300))
-def test_pieces_of_any_text_occur_in_it(review):
+@given(review=st.text(alphabet=st.sampled_from("abc  \t,.;!?\"'-\n"), max_size=300))
+def test_pieces_of_any_text_stand_in_it(review):
     for piece in [*clauses(review), *windows(review)]:
-        assert occurs(piece, review) and '"' not in piece and 3 <= len(words(piece)) <= 12
+        assert piece in review and occurs(piece, review) and '"' not in piece and 3 <= len(words(piece)) <= 12
+
+
+def test_a_piece_of_a_long_clause_keeps_its_white_space_and_counts_for_the_review(evidence):
+    """What is scored is what is left out: a review without its only telling piece says less."""
+    long = "  ".join(f"w{n}" for n in range(7)) + "  a great \t joy  " + "  ".join(f"x{n}" for n in range(7))
+    pieces = windows(long)
+    assert len(pieces) > 1 and all(piece in long for piece in pieces)
+    [[span]] = evidence.spans([LabelledText("imdb/1", long.replace("great \t joy", "great  thing"), 1)])
+    assert "great  thing" in span.text and span.score == 6.0, "3 alone, and 3 that the review loses"
 
 
 def test_the_extractive_maker_has_full_marks_and_says_the_same_again(evidence):
@@ -298,11 +326,24 @@ def test_a_build_is_the_same_again_and_loads(what, blocks, evidence, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "changes", [{"maker": "x"}, {"samples": 0}, {"dtype": "int8"}, {"temperature": 0.0}, {"rows": -1}]
+    "changes",
+    [{"maker": "x"}, {"samples": 0}, {"dtype": "int8"}, {"temperature": 0.0}, {"rows": -1}]
+    + [{"temperature": float(value)} for value in ("nan", "inf", "-inf")],
 )
 def test_options_that_make_no_sense(changes):
     with pytest.raises(UserError, match="^--"):
         options(**changes)
+
+
+@pytest.mark.parametrize("what", ["explanations", "gist"])
+@pytest.mark.parametrize("output", ["taken", "taken/below", "taken/far/below"])
+def test_an_output_that_is_a_file_is_refused_before_a_model_loads(what, output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("mine")
+    done = peftlab(f"data {what} --model nowhere/model --classifier nowhere/model --output {output}")
+    assert done.code == 2 and done.err == f"peftlab: --output {output}: taken is a file; give a folder\n"
+    done = peftlab(f"data {what} --model nowhere/model --classifier nowhere/model --output fresh/folder")
+    assert done.code == 2 and "nowhere/model" in done.err and not Path("fresh").exists()
 
 
 def test_makers_that_make_nothing_stop_the_build(blocks, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import tiny
 
 from peftlab.config import load_config, to_toml
+from peftlab.data.sources import load_records
 from peftlab.errors import UserError
 from peftlab.recipes import load
+from peftlab.recipes.common import load_rows
 from peftlab.recipes.launch import dry_run, launch
 from peftlab.runs.atomic import read_rows
 from peftlab.runs.rundir import RunDir
@@ -30,7 +33,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> dict[str, str]:
-    """The workshop; `mine`: its reviews under other names and with three bad rows, `good`: without them."""
+    """The workshop; `mine`: its reviews under other names and with three bad rows, `good`: without them.
+
+    What is trained on is evaluated on under another name, with `_test`.
+    """
     folder = tmp_path_factory.mktemp("own")
     shop = tiny.workshop(folder)
     rows = [
@@ -38,14 +44,15 @@ def shop(tmp_path_factory) -> dict[str, str]:
         for number, row in enumerate(tiny.reviews(40))
     ]
     bad = [{"review": ""}, {"stars": 1}, {"review": 7, "stars": 0}]
-    shop["good"] = tiny.write_rows(folder / "good.jsonl", rows)
-    shop["mine"] = tiny.write_rows(folder / "mine.jsonl", [*rows[:20], *bad, *rows[20:]])
+    for end in ("", "_test"):
+        shop["good" + end] = tiny.write_rows(folder / f"good{end}.jsonl", rows)
+        shop["mine" + end] = tiny.write_rows(folder / f"mine{end}.jsonl", [*rows[:20], *bad, *rows[20:]])
     return shop | {"runs": str(folder / "runs")}
 
 
 def pairs(shop: dict[str, str], verb: str, *more: str) -> list[str]:
     columns = [f"columns.{name}={column}" for name, column in COLUMNS[verb].items()]
-    return tiny.overrides(shop, verb, *columns, "eval_data={good}".format(**shop), *more)
+    return tiny.overrides(shop, verb, *columns, "eval_data={good_test}".format(**shop), *more)
 
 
 def trained(shop: dict[str, str], verb: str, name: str, *more: str, resume: bool = False) -> Path:
@@ -64,7 +71,7 @@ def test_past_bad_rows_a_run_is_the_run_without_them(verb, shop, capsys):
 
     skipped = list(read_rows(past / "skipped.jsonl"))
     assert [(row["data"], row["row"]) for row in skipped] == [("train", f"{shop['mine']}:{n}") for n in (21, 22, 23)]
-    assert skipped[0]["reason"] == "text: empty" and "missing; the row has 'stars'" in skipped[1]["reason"]
+    assert skipped[0]["reason"] == "text: empty" and "no column 'review'; it has 'stars'" in skipped[1]["reason"]
     [event] = [row for row in read_rows(past / "events.jsonl") if row["kind"] == "rows_skipped"]
     assert (event["data"], event["rows"]) == ("train", 3)
     assert f"{shop['mine']}: 3 bad rows skipped" in capsys.readouterr().err
@@ -83,17 +90,71 @@ def test_without_skip_a_bad_row_stops_run_and_dry_run(verb, shop):
 
 
 def test_a_run_that_skipped_may_be_resumed_and_one_that_failed_begun_again(shop):
-    keys = (f"train_data={shop['mine']}", f"eval_data={shop['mine']}", "on_bad_row=skip")
+    keys = (f"train_data={shop['mine']}", f"eval_data={shop['mine_test']}", "on_bad_row=skip")
     run = trained(shop, "classify", "again", *keys)
     (run / "summary.json").unlink()  # as a kill before the last line leaves it
     trained(shop, "classify", "again", *keys, resume=True)
     rows = [(row["data"], row["row"]) for row in read_rows(run / "skipped.jsonl")]
-    assert rows == [(data, f"{shop['mine']}:{n}") for data in ("train", "eval") for n in (21, 22, 23)]
+    files = {"train": shop["mine"], "eval": shop["mine_test"]}
+    assert rows == [(data, f"{file}:{n}") for data, file in files.items() for n in (21, 22, 23)]
 
     with pytest.raises(UserError, match="nowhere.jsonl"):
         trained(shop, "classify", "mended", *keys, "eval_data=nowhere.jsonl")
     assert (Path(shop["runs"]) / "mended" / "skipped.jsonl").exists()
     assert trained(shop, "classify", "mended", *keys) == Path(shop["runs"]) / "mended"
+
+
+# Verbs whose training data may be their evaluation data too, the kind they read, and the workshop's rows for it.
+ONE_FILE = {"pretrain": ("sft", "texts"), "sft": ("sft", "texts"), "classify": ("classify", "labelled"),
+            "summarize": ("summarize", "summaries")}
+
+
+@pytest.mark.parametrize("verb", ONE_FILE)
+def test_of_one_file_evaluation_takes_the_rows_that_training_left(verb, shop):
+    kind, name = ONE_FILE[verb]
+    file, runs = shop[name], Path(shop["runs"])
+    keys = tiny.overrides(shop, verb, f"train_data={file}", f"eval_data={file}", "max_steps=1")
+    with pytest.raises(UserError, match="eval_data .*training takes all .*another eval_data, or a train_limit below"):
+        launch(verb, None, [*keys, "eval_limit=9"], runs, f"{verb}-all")
+    # As many rows for both, so that nothing but the rows tells the two apart.
+    launch(verb, None, [*keys, "train_limit=12", "eval_limit=12"], runs, f"{verb}-shared")
+    told = json.loads((runs / f"{verb}-shared" / "environment.json").read_text())["data"]
+    assert [entry["rows"] for entry in told.values()] == [12, 12]
+    config = load_config(load(verb).CONFIG, None, [*keys, "train_limit=12", "eval_limit=12"])
+    train, held_out = (load_rows(config, which, kind) for which in ("train", "eval"))
+    assert {entry["sha256"] for entry in told.values()} == {train.sha256, held_out.sha256}
+    assert not {record.id for record in train.records} & {record.id for record in held_out.records}
+    assert train.records == load_records(file, kind, 12, config.seed).records, "training draws as it does alone"
+
+
+def test_what_is_left_is_all_the_rest_and_its_hash_is_of_it(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = ["columns.text=review", "columns.label=stars", "on_bad_row=skip", "train_limit=25", "seed=3"]
+    keys += [f"{which}_data={shop['mine']}" for which in ("train", "eval")]
+    config = load_config(load("classify").CONFIG, None, keys)
+    train, held_out = (load_rows(config, which, "classify") for which in ("train", "eval"))
+    whole = load_records(shop["good"], "classify", columns=config.columns).records
+    assert held_out.records == [record for record in whole if record not in train.records]
+    assert (len(train.records), len(held_out.records)) == (25, 15)
+    rows = [{"id": r.id, "text": r.text, "label": r.label} for r in held_out.records]
+    assert load_records(tiny.write_rows(tmp_path / "rest.jsonl", rows), "classify").sha256 == held_out.sha256
+    assert load_rows(config, "eval", "classify") == held_out
+    # The same file by another path is the same file; the same rows in another file are not.
+    (tmp_path / "linked.jsonl").symlink_to(shop["mine"])
+    assert load_rows(config.with_(eval_data="./linked.jsonl"), "eval", "classify").records == held_out.records
+    assert len(load_rows(config.with_(eval_data=shop["mine_test"]), "eval", "classify").records) == 40
+
+
+def test_the_example_on_the_page_about_data_holds_rows_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs/data.md").read_text(encoding="utf-8")
+    Path("mine.toml").write_text(re.search(r"`mine.toml`.*?```toml\n(.*?)```", page, re.S)[1])
+    config = load_config(load("classify").CONFIG, "mine.toml")
+    lines = [f"review {number},{number % 5 + 1}" for number in range(config.train_limit + 30)]
+    Path("stars.csv").write_text("\n".join(["review,stars", *lines, "bad,0"]))
+    train, held_out = (load_rows(config, which, "classify", config.labels) for which in ("train", "eval"))
+    assert (len(train.records), len(held_out.records)) == (config.train_limit, 30)
+    assert not {record.id for record in train.records} & {record.id for record in held_out.records}
 
 
 def test_skipped_rows_are_kept_by_the_data_they_are_of(tmp_path):

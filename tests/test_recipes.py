@@ -48,6 +48,7 @@ def shop(tmp_path_factory) -> dict[str, str]:
         run_of(shop, "classify", name, f"seed={seed}")
         shop[name] = str(root / "runs" / name)
     shop["pairs"] = tiny.write_rows(root / "pairs.jsonl", PAIRS)
+    shop["pairs_test"] = tiny.write_rows(root / "pairs-test.jsonl", PAIRS)
     (root / "my_rewards.py").write_text(REWARD)
     return shop
 
@@ -118,7 +119,7 @@ def test_sft_moves_its_adapter_and_not_one_bit_of_the_base(shop, monkeypatch):
 
 def test_sft_learns_eight_answers_by_heart(shop):
     """Mean loss near nothing on the pairs, and the greedy answers are the completions to the letter, ended by EOS."""
-    data = [pair.format(**shop) for pair in ("train_data={pairs}", "eval_data={pairs}")]
+    data = [pair.format(**shop) for pair in ("train_data={pairs}", "eval_data={pairs_test}")]
     folder = run_of(shop, "sft", "by-heart", *data, "max_steps=120",
                     "batch_size=8", "lr=3e-3", "lora.r=16", "lora.alpha=32")
     summary = json.loads((folder / "summary.json").read_text())

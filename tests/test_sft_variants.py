@@ -78,8 +78,8 @@ def test_conversations_with_a_model_of_no_template(shop):
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ANSWERS.items()
     ]
-    data = tiny.write_rows(Path(shop["root"]) / "talk.jsonl", rows)
-    folder = run_of(shop, "sft", "talk", f"train_data={data}", f"eval_data={data}", "max_steps=120", "lr=3e-3",
+    data, same = (tiny.write_rows(Path(shop["root"]) / name, rows) for name in ("talk.jsonl", "talk-test.jsonl"))
+    folder = run_of(shop, "sft", "talk", f"train_data={data}", f"eval_data={same}", "max_steps=120", "lr=3e-3",
                     "lora.r=16", "lora.alpha=32")
     backbone, stack = load_stack(str(folder), device="cpu")
     assert stack.extra["chat_template"] == "plain"
@@ -188,8 +188,8 @@ def test_explanations_are_scored_before_and_after(shop):
          "completion": answer_of(label, f'The reviewer says "{quoted}" and means it.')}
         for review, label, quoted in said
     ]
-    data = tiny.write_rows(Path(shop["root"]) / "why.jsonl", rows)
-    pairs = [f"train_data={data}", f"eval_data={data}", "answers=2", "max_steps=150", "lr=3e-3", "lora.r=16"]
+    data, same = (tiny.write_rows(Path(shop["root"]) / name, rows) for name in ("why.jsonl", "why-test.jsonl"))
+    pairs = [f"train_data={data}", f"eval_data={same}", "answers=2", "max_steps=150", "lr=3e-3", "lora.r=16"]
     folder = run_of(shop, "sft", "why", *pairs, "max_length=96", "lora.alpha=32")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["baseline"]["rubric/all"] == 0

@@ -261,13 +261,21 @@ def evaluate(
         typer.Option(help="held-out data: a name with a split, or a file; default imdb:test, or imdb-gist:test"),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="only this many rows, a seeded sample")] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, where the data's name is another")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a classifier (accuracy, F1, ECE), language model (perplexity) or summarizer (ROUGE) on held-out data."""
+    """Measure a model on held-out data.
+
+    A classifier's accuracy, F1 and ECE, a summarizer's ROUGE, a language model's perplexity, or, where rows are prompts
+    with completions and labels, how its own answers explain the labels.
+    """
+    from .data.check import column_pairs
+
+    mapped = column_pairs(columns or [])  # before the libraries load
     from .recipes.evaluate import evaluate as run_evaluate
 
-    _print(run_evaluate(stack, data, limit, device), as_json)
+    _print(run_evaluate(stack, data, limit, device, mapped), as_json)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from .readers import READERS, Row
-from .records import FIELDS, KINDS, Record, parse_row, row_id, shown
+from .records import FIELDS, KINDS, Missing, Record, fields_of, parse_row, row_id, shown
 
 # The shapes of a row of `sft`: a mapping that names one means it, whatever other columns are called.
 SHAPES = ({"text"}, {"prompt", "completion"}, {"messages"})
@@ -71,20 +71,50 @@ def scan_rows(
     columns: Mapping[str, str] | None = None,
     place: str = "line",
 ) -> Iterator[Found]:
-    """Each row's record, or why it is none. Results are told apart by id, so an id that is given is given once."""
-    seen: dict[str, int] = {}
+    """Each row's record, or why it is none. Results are told apart by id, so each is there once."""
+    ids = _Ids(place)
     for number, (line, row) in enumerate(rows):
         try:
             if isinstance(row, ValueError):
                 raise row
-            row = rename_columns(row, columns)
-            record = parse_row(kind, row, number, labels)
-            identity = row_id(row)
-            if identity is not None and seen.setdefault(identity, line) != line:
-                raise ValueError(f"id: {shown(identity)} is also in {place} {seen[identity]}")
+            renamed = rename_columns(row, columns)
+            record = parse_row(kind, renamed, number, labels)
+            ids.add(record.id, line, row_id(renamed) is None)
             yield line, record
+        except Missing as error:
+            yield line, _in_their_words(error, row, columns or {})
         except ValueError as error:
             yield line, str(error)
+
+
+@dataclass
+class _Ids:
+    """The ids of the good rows and where each is: those that rows have, and the numbers of those that have none."""
+
+    place: str
+    given: dict[str, int] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
+
+    def add(self, identity: str, line: int, numbered: bool) -> None:
+        """Raises ValueError where another row has the id."""
+        if identity in self.given:
+            what = f"missing, and the row's number, {identity}," if numbered else shown(identity)
+            raise ValueError(f"id: {what} is also in {self.place} {self.given[identity]}")
+        if identity in self.counted:
+            where = f"{self.place} {self.counted[identity]}"
+            raise ValueError(f"id: {shown(identity)} is also in {where}, which has no id and goes by its number")
+        (self.counted if numbered else self.given)[identity] = line
+
+
+def _in_their_words(error: Missing, row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """What is missing of a row, by the column that it should be in, and with the names that the row has itself."""
+    for name in error.fields:
+        if name in columns and columns[name] not in row:
+            return f"{name}: the row has no column {shown(columns[name])}; it has {fields_of(row)}"
+    # Of a turn, or a field that is there but hidden by a mapping, the message holds as it is.
+    if not error.fields or any(name in row for name in error.fields):
+        return str(error)
+    return str(Missing(row, error.told, error.fields))
 
 
 def rename_columns(row: Any, columns: Mapping[str, str] | None) -> Any:
@@ -128,10 +158,13 @@ def class_names(labels: str | None) -> list[str] | None:
 
 
 def known_fields(columns: Mapping[str, str]) -> Mapping[str, str]:
-    """`columns` itself. Raises ValueError where a key is no field of any row."""
+    """`columns` itself. Raises ValueError where a key is no field of any row, or where two shapes are mapped."""
     for name in columns:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(FIELDS)}"
             raise ValueError(f"{shown(name)} is no field of a row; {hint}")
+    shapes = [next(name for name in columns if name in shape) for shape in SHAPES if shape & columns.keys()]
+    if len(shapes) > 1:
+        raise ValueError(f"{' and '.join(shapes)} are of different shapes of a row; map one of them")
     return columns

@@ -45,16 +45,20 @@ def load_joined(name: str, split: str) -> list[Joined]:
 
     Raises UserError for an unknown split, a file that is not of this kind, and a review that is missing or another.
     """
+    what = name.removeprefix("imdb-")
     if split in BLOCK_OF:
-        path = SHIPPED / f"{name.removeprefix('imdb-')}-{split}.jsonl.gz"
-        missing = "is not shipped with this version"
+        path = SHIPPED / f"{what}-{split}.jsonl.gz"
+        missing, built = "is not shipped with this version", f"FOLDER/{path.name}"
     elif split.endswith(".jsonl.gz"):
-        path, missing = Path(split), "there is no such file"
+        path, missing, built = Path(split), "there is no such file", f"FOLDER/{what}-train.jsonl.gz"
     else:
         known = ", ".join(BLOCK_OF)
         raise UserError(f"data {name}:{split}: has the splits {known}, or give a .jsonl.gz that `peftlab data` built")
     if not path.is_file():
-        raise UserError(f"data {name}:{split}: {missing}; build it with `peftlab data {name.removeprefix('imdb-')}`")
+        raise UserError(
+            f"data {name}:{split}: {missing}; build it with `peftlab data {what} --output FOLDER`, "
+            f"then give {name}:{built}"
+        )
     return join(path, COLUMNS[name], (BLOCK_OF[split],) if split in BLOCK_OF else tuple(BLOCK_OF.values()))
 
 

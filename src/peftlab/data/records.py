@@ -126,8 +126,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _missing(row: Mapping[str, Any], field: str) -> ValueError:
-    return ValueError(f"{field}: missing; the row has {_listed(map(shown, row)) or 'no fields'}")
+class Missing(ValueError):
+    """A row lacks a field, `told`. `fields` are the row's own that would do; none where a turn in it lacks one."""
+
+    def __init__(self, row: Mapping[str, Any], told: str, fields: tuple[str, ...]) -> None:
+        super().__init__(f"{told}: missing; the row has {fields_of(row)}")
+        self.told, self.fields = told, fields
+
+
+def fields_of(row: Mapping[str, Any]) -> str:
+    """The names of a row's fields, in an error message."""
+    return _listed(map(shown, row)) or "no fields"
 
 
 def _listed(names: Iterable[str], most: int = 12) -> str:
@@ -144,10 +153,9 @@ def _encodable(text: str, where: str) -> str:
 
 
 def _text(row: Mapping[str, Any], field: str, where: str = "") -> str:
-    where = where or field
     if field not in row:
-        raise _missing(row, where)
-    value = row[field]
+        raise Missing(row, where or field, () if where else (field,))
+    where, value = where or field, row[field]
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise ValueError(f"{where}: {'null' if value is None else 'NaN'}")
     if not isinstance(value, str):
@@ -171,17 +179,23 @@ def known_labels(labels: Sequence[str] | None) -> dict[str, int]:
     return names if any(map(str.isdigit, names)) else {str(i): i for i in range(len(labels))} | names
 
 
-def _label(row: Mapping[str, Any], labels: Sequence[str] | None) -> int:
-    if "label" not in row:
-        raise _missing(row, "label")
-    value, known = row["label"], known_labels(labels)
+def _class_of(value: Any, known: Mapping[str, int]) -> int | None:
+    """The class that a row's label names; None where it names none."""
     key = value.strip().lower() if isinstance(value, str) else ""
     # NaN, infinity and what is longer than Python prints are no numbers of a class.
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10**9 and value == int(value):
         key = str(int(value))
-    if key not in known:
-        raise ValueError(f"label: {shown(value)} is not one of {_listed(known)}")
-    return known[key]
+    return known.get(key)
+
+
+def _label(row: Mapping[str, Any], labels: Sequence[str] | None) -> int:
+    if "label" not in row:
+        raise Missing(row, "label", ("label",))
+    known = known_labels(labels)
+    found = _class_of(row["label"], known)
+    if found is None:
+        raise ValueError(f"label: {shown(row['label'])} is not one of {_listed(known)}")
+    return found
 
 
 def _sft(row: Mapping[str, Any], identity: str, labels: Sequence[str] | None) -> Record:
@@ -189,10 +203,11 @@ def _sft(row: Mapping[str, Any], identity: str, labels: Sequence[str] | None) ->
         return Conversation(identity, _messages(row["messages"]))
     if "prompt" in row or "completion" in row:
         # Here a label only serves the rubric: a column of that name that means something else is no defect.
-        label = known_labels(labels).get(str(row.get("label")).strip().lower())
+        label = _class_of(row.get("label"), known_labels(labels))
         return PromptCompletion(identity, _text(row, "prompt"), _text(row, "completion"), label)
     if "text" not in row:
-        raise _missing(row, "text (or prompt and completion, or messages)")
+        fields = ("text", "prompt", "completion", "messages")
+        raise Missing(row, "text (or prompt and completion, or messages)", fields)
     return Text(identity, _text(row, "text"))
 
 

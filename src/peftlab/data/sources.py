@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from .records import LABELS, LabelledText, Prompt, Record, Text, known_labels
 
 Skipped = list[tuple[str, str]]  # (place, reason) of each row left out
 ERRORS_SHOWN = 5
+HUB_SPLIT = "train"  # of a dataset of the Hub where the spec names none
 OFFLINE = f"imdb:train, {ROTTEN}, or a local {', '.join(READERS)} file"
 
 
@@ -44,24 +46,72 @@ def load_records(
     labels: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
+    trained_on: int | None = None,
 ) -> RecordSet:
     """Records of every part of `spec`, in order; `limit` draws that many (seeded, in a random order).
 
-    `labels` names the classes and `columns` maps fields to columns of the user's rows. Raises UserError for unknown
-    names, for bad rows unless they are to be skipped (the first few by line, and how many), and for empty data.
+    `labels` names the classes and `columns` maps fields to columns of the user's rows. With `trained_on`, the limit by
+    which training drew from the same data with this seed (0: all of it), only the rows that it left are drawn from.
+    Raises UserError for unknown names, for bad rows unless they are to be skipped (the first few by line, and how
+    many), for empty data, and where training left nothing.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data {spec}: a limit of {limit} leaves no rows; give 1 or more, or no limit")
     records: list[Record] = []
     skipped: Skipped = []
-    for part in [spec] if Path(spec).is_file() else spec.split("+"):
-        records += _load_part(part.strip(), kind, labels, columns, skipped if on_bad_row == "skip" else None)
+    taken: set[str] = set()
+    for number, part in enumerate(_parts(spec), 1):
+        found = _load_part(part, kind, labels, columns, skipped if on_bad_row == "skip" else None)
+        records += _told_apart(found, taken, number)
     if not records:
         why = f"no usable row; {skipped[0][0]}: {skipped[0][1]}" if skipped else "no rows"
         raise UserError(f"data {spec}: holds {why}")
-    if limit is not None and limit < len(records):
-        records = random.Random(seed).sample(records, limit)
-    return RecordSet(records, spec, _digest(records), skipped)
+    name = spec
+    if trained_on is not None:
+        name, records = f"{spec}, rows not trained on", _left(spec, records, trained_on, seed)
+    records = [records[i] for i in _drawn(len(records), limit, seed)]
+    return RecordSet(records, name, _digest(records), skipped)
+
+
+def same_data(one: str, other: str) -> bool:
+    """Whether two specs name the same data, however the paths of their files are spelled."""
+    return [*map(_place, _parts(one))] == [*map(_place, _parts(other))]
+
+
+def _parts(spec: str) -> list[str]:
+    return [spec] if Path(spec).is_file() else [part.strip() for part in spec.split("+")]
+
+
+def _place(part: str) -> str:
+    if Path(part).is_file():
+        return os.path.realpath(part)
+    return part if ":" in part or "/" not in part else f"{part}:{HUB_SPLIT}"
+
+
+def _drawn(rows: int, limit: int | None, seed: int) -> Sequence[int]:
+    """The numbers of the rows that are drawn: all in order, or `limit` of them in a random order."""
+    return range(rows) if limit is None or limit >= rows else random.Random(seed).sample(range(rows), limit)
+
+
+def _left(spec: str, records: list[Record], trained_on: int, seed: int) -> list[Record]:
+    """The records, in order, that training did not draw. Raises UserError where there are none."""
+    drawn = set(_drawn(len(records), trained_on or None, seed))
+    if len(drawn) == len(records):
+        raise UserError(
+            f"eval_data {spec}: is train_data too, and training takes all of its {len(records)} rows; give another "
+            f"eval_data, or a train_limit below {len(records)}: evaluation takes the rows that are left (eval_limit)"
+        )
+    return [record for number, record in enumerate(records) if number not in drawn]
+
+
+def _told_apart(records: Iterable[Record], taken: set[str], part: int) -> Iterator[Record]:
+    """The records of a spec's part, "PART:" before an id that is `taken`; adds theirs to it."""
+    for record in records:
+        identity = record.id
+        while part > 1 and identity in taken:
+            identity = f"{part}:{identity}"
+        taken.add(identity)
+        yield record if identity == record.id else replace(record, id=identity)
 
 
 def _load_part(
@@ -84,8 +134,9 @@ def _load_part(
     if part == ROTTEN:
         return _as_kind(load_block(ROTTEN), kind, part, labels)
     if "/" in name and not Path(name).exists():
-        rows = scan_rows(_from_hub(name, split or "train", labels, columns), kind, labels, columns, "row")
-        found = ((f"{name}:{split or 'train'}: row {number}", row) for number, row in rows)
+        split = split or HUB_SPLIT
+        rows = scan_rows(_from_hub(name, split, labels, columns), kind, labels, columns, "row")
+        found = ((f"{name}:{split}: row {number}", row) for number, row in rows)
         return _usable(found, "columns maps a field to a column", skipped)
     raise UserError(f"data {part}: no such data; give imdb:SPLIT, a Hub dataset's OWNER/NAME, or {OFFLINE}")
 

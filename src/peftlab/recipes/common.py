@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.sources import RecordSet, load_records
+from ..data.sources import RecordSet, load_records, same_data
 from ..runs.rundir import RunDir
 
 
@@ -37,9 +37,14 @@ class DataConfig(Protocol):
 def load_rows(
     config: DataConfig, which: Literal["train", "eval"], kind: str, labels: list[str] | None = None
 ) -> RecordSet:
-    """The training or the held-out rows of a config; a limit of 0 takes all."""
+    """The training or the held-out rows of a config; a limit of 0 takes all.
+
+    Where both are of the same data, the held-out rows are of those that training leaves: UserError if it leaves none.
+    """
     spec, limit = _rows_asked(config, which)
-    return load_records(spec, kind, limit or None, config.seed, labels, config.columns, config.on_bad_row)
+    shared = which == "eval" and same_data(config.train_data, config.eval_data)
+    trained_on = config.train_limit if shared else None
+    return load_records(spec, kind, limit or None, config.seed, labels, config.columns, config.on_bad_row, trained_on)
 
 
 def load_recorded(
@@ -57,7 +62,7 @@ def load_recorded(
 
 def note_data(run: RunDir, data: RecordSet, limit: int) -> None:
     """Notes which rows a run reads, by their hash."""
-    # With the limit, since one file may serve both training and evaluation, each with rows of its own.
+    # With the limit: ppo may evaluate on a draw of its training prompts, and one name has one hash.
     name = f"{data.name}, at most {limit} rows" if limit else data.name
     run.record_data(name, data.sha256, len(data.records))
 

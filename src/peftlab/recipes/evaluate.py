@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ..data.records import Text
+from ..data.records import PromptCompletion, Text
 from ..data.sources import load_records
 from ..data.tokenize import document_ids, pack
 from ..errors import UserError
 from ..evaluation.classification import classification_intervals, classification_metrics
+from ..evaluation.explanations import evaluate_explanations
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
 from ..evaluation.summaries import SummaryFormat, score_summaries, summarize
 from ..models.adapters import kind_of, load_stack
+from ..models.backbone import Backbone
 from ..models.classifier import LABEL_NAMES, TextClassifier
+from ..sampling.sampler import Sampler
 
 DATA = {"seq2seq": "imdb-gist:test"}
+Columns = Mapping[str, str] | None
 
 
-def evaluate(name: str, data: str | None, limit: int | None, device: str) -> dict[str, Any]:
+def evaluate(name: str, data: str | None, limit: int | None, device: str, columns: Columns = None) -> dict[str, Any]:
     """Metrics by their registry names, 95% intervals, rows and data hash. `limit` draws a seeded sample of rows.
 
-    Without `data` it is the lab's test block, as its kind needs it.
+    Without `data` it is the lab's test block, as its kind needs it; `columns` maps fields to columns of the user's.
     """
     kind = kind_of(name)
     measure = {"classifier": _classifier, "seq2seq": _summarizer}.get(kind, _language_model)
     data = data or DATA.get(kind, "imdb:test")
-    return {"model": name, "data": data, **measure(name, data, limit, device)}
+    return {"model": name, "data": data, **measure(name, data, limit, device, columns)}
 
 
-def _classifier(name: str, data: str, limit: int | None, device: str) -> dict[str, Any]:
+def _classifier(name: str, data: str, limit: int | None, device: str, columns: Columns) -> dict[str, Any]:
     classifier = TextClassifier.load(name, device=device)
     own = None if classifier.labels == LABEL_NAMES else classifier.labels
-    records = load_records(data, "classify", limit, labels=own)
+    records = load_records(data, "classify", limit, labels=own, columns=columns)
     labels = np.array([record.label for record in records.records])
     if labels.max() >= len(classifier.labels):
         raise UserError(f"data {data}: has label {labels.max()}, but {name} knows {len(classifier.labels)} classes")
@@ -46,8 +51,8 @@ def _classifier(name: str, data: str, limit: int | None, device: str) -> dict[st
     }
 
 
-def _summarizer(name: str, data: str, limit: int | None, device: str) -> dict[str, Any]:
-    records = load_records(data, "summarize", limit)
+def _summarizer(name: str, data: str, limit: int | None, device: str, columns: Columns) -> dict[str, Any]:
+    records = load_records(data, "summarize", limit, columns=columns)
     backbone, stack = load_stack(name, device=device)
     documents = [record.document for record in records.records]
     texts = summarize(backbone.model, backbone.tokenizer, documents, SummaryFormat.of(stack.extra))
@@ -60,19 +65,32 @@ def _summarizer(name: str, data: str, limit: int | None, device: str) -> dict[st
     }
 
 
-def _language_model(name: str, data: str, limit: int | None, device: str) -> dict[str, Any]:
-    records = load_records(data, "sft", limit)
-    texts = [record.text for record in records.records if isinstance(record, Text)]
-    if len(texts) < len(records.records):
-        raise UserError(f"data {data}: perplexity is measured on rows with a `text`, not on prompts with completions")
+def _language_model(name: str, data: str, limit: int | None, device: str, columns: Columns) -> dict[str, Any]:
+    """Perplexity on texts; on prompts with completions and labels, what the rubric says of the model's own answers."""
+    records = load_records(data, "sft", limit, columns=columns)
+    rows = records.records
+    asked = all(isinstance(row, PromptCompletion) and row.label is not None for row in rows)
+    if not asked and not all(isinstance(row, Text) for row in rows):
+        raise UserError(
+            f"data {data}: a language model is measured on rows that all have a `text`, for perplexity, or all a "
+            "`prompt`, `completion` and `label`, for the rubric of explanations"
+        )
     backbone, _ = load_stack(name, device=device)
+    found = _rubric(backbone, rows) if asked else _perplexity(backbone, [row.text for row in rows])
+    return {"rows": len(rows), "sha256": records.sha256, **found}
+
+
+def _rubric(backbone: Backbone, rows: list[PromptCompletion]) -> dict[str, Any]:
+    told = evaluate_explanations(Sampler(backbone.model, backbone.tokenizer), rows)
+    return {"metrics": told.metrics(), "intervals": told.intervals()}
+
+
+def _perplexity(backbone: Backbone, texts: list[str]) -> dict[str, Any]:
     length = min(512, backbone.model.config.max_position_embeddings)
     sums, counts = row_nlls(
         backbone.model, pack(document_ids(texts, backbone.tokenizer), length), backbone.tokenizer.pad_token_id
     )
     return {
-        "rows": len(texts),
-        "sha256": records.sha256,
         "metrics": {"eval/perplexity": perplexity(sums, counts)},
         "intervals": {"eval/perplexity": perplexity_interval(sums, counts)},
     }

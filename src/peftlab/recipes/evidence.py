@@ -58,12 +58,13 @@ def windows(review: str) -> list[str]:
     """Pieces of the clauses of more than 12 words, for a review none of whose clauses tells anything."""
     found: dict[str, None] = {}
     for part in _parts(review):
-        tokens = part.split()
-        for start in range(0, len(tokens) - LONGEST, WINDOW // 2):
-            piece = _BEFORE.sub("", " ".join(tokens[start : start + WINDOW])).split()
-            while piece and piece[-1].lower() in DANGLING:
-                piece.pop()
-            found[" ".join(piece)] = None
+        places = [(word.start(), word.end()) for word in re.finditer(r"\S+", part)]
+        for start in range(0, len(places) - LONGEST, WINDOW // 2):
+            # Cut from the text, its white space kept, so that the piece is found in the review.
+            piece = _BEFORE.sub("", part[places[start][0] : places[start + WINDOW - 1][1]])
+            while (last := re.search(r"\s*(\S+)$", piece)) and last[1].lower() in DANGLING:
+                piece = piece[: last.start()]
+            found[piece] = None
     return [piece for piece in found if _fits(piece)]
 
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import math
 import random
 import re
 import time
@@ -64,7 +65,7 @@ class BuildOptions:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {low} or more")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtype {self.dtype}: give float32 or bfloat16")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:  # NaN too
             raise UserError(f"--temperature {self.temperature}: give more than 0; the samples of a review must differ")
 
     def command(self, what: str) -> str:
@@ -145,7 +146,10 @@ def first_sentence(text: str) -> str | None:
 
 
 def build_data(what: str, options: BuildOptions, output: Path) -> dict[str, Any]:
-    """Build "explanations" or "gist" into the folder `output`; the summary."""
+    """Build "explanations" or "gist" into the folder `output`; the summary. Raises UserError where it can be none."""
+    there = next((place for place in (output, *output.parents) if place.exists()), output)
+    if there.exists() and not there.is_dir():  # asked before models load, which takes a while
+        raise UserError(f"--output {output}: {there} is a file; give a folder")
     recipe = importlib.import_module(f"{__package__}.build_{what}")
     summary: dict[str, Any] = recipe.run(options, output)
     return summary
