@@ -119,6 +119,16 @@ def test_runs_and_report_of_runs(place):
     assert "<svg" in Path(told("report mine").strip()).read_text()
 
 
+def test_a_reason_of_many_lines_keeps_the_table_of_runs_narrow(place):
+    fake_runs.sft_run(place / "runs", "mine")
+    summary = place / "runs" / "mine" / "summary.json"
+    reason = "6 of 7 rows are not usable:\n" + "bad.jsonl:1: text: missing\n" * 9
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "failed", "reason": reason}))
+    lines = told("runs").splitlines()
+    assert len(lines) == 2 and "6 of 7 rows are not usable:" in lines[1] and len(lines[1]) < 160
+    assert json.loads(told("runs --json"))[0]["reason"] == reason
+
+
 @pytest.mark.parametrize("verb", RECIPES)
 def test_a_dry_run_prints_config_and_sizes_and_leaves_nothing(verb, shop, place):
     judges = ["reward=imdb-sentiment", "judge=imdb-judge"] if verb == "ppo" else []

@@ -298,6 +298,8 @@ def runs(as_json: Json = False) -> None:
 
     columns = ("run", "recipe", "status", "started", "reason")
     rows = [{name: s.get(name) for name in columns} | {"seconds": s["time"]["wall_s"]} for s in list_runs(RUNS)]
+    if not as_json:
+        rows = [row | {"reason": _short(row["reason"])} for row in rows]
     _print_rows(rows, as_json)
 
 
@@ -363,6 +365,12 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     widths = [max(len(line[i]) for line in table) for i in range(len(rows[0]))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _short(reason: str | None, most: int = 60) -> str | None:
+    """The first line of a reason, cut: one that lists bad rows would push every column off the screen."""
+    line = (reason or "").partition("\n")[0]
+    return (line if len(line) <= most else line[: most - 3] + "...") or None
 
 
 def _cell(value: Any) -> str:
