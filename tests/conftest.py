@@ -43,3 +43,12 @@ def tiny_causal():
     import tiny
 
     return tiny.causal
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules of tiny models: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    import tiny
+
+    with tiny.one_thread():
+        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -27,10 +26,7 @@ from peftlab.evaluation.perplexity import perplexity, perplexity_interval, row_n
 TEXTS = st.lists(st.lists(st.sampled_from(tiny.WORDS), max_size=8).map(" ".join), max_size=6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 40), classes=st.integers(2, 5))

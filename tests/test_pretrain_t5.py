@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +29,7 @@ from peftlab.training.trainer import Rows
 T5 = ["architecture=t5", "vocab_size=400", "max_length=96", "batch_size=8", "max_steps=8", "lr=1e-2", "save_every=3"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,7 @@ ANSWERS = ["good", "bad", "very dull", "great fun", "awful plot", "not a film", 
 PAIRS = [{"prompt": f"case w{i} :", "completion": f" {answer}"} for i, answer in enumerate(ANSWERS)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

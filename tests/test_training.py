@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -29,10 +28,7 @@ SENTENCES = st.lists(
 ).map(lambda parts: " ".join(" ".join(words) + stop for words, stop in parts))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with tiny.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def documents_of(lengths: list[int]) -> list[list[int]]:

@@ -55,6 +55,11 @@ class TextClassifier:
         return self.logits(texts, batch_size).softmax(-1)
 
 
+def own_labels(labels: Sequence[str]) -> list[str] | None:
+    """What data is told of these labels: None for the default names, for which it also knows neg, pos, 0 and 1."""
+    return None if list(labels) == LABEL_NAMES else list(labels)
+
+
 @torch.no_grad()
 def classify_texts(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 64

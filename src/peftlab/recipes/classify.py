@@ -16,7 +16,7 @@ from ..evaluation.calibration import confusion, fit_temperature, reliability, su
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, save_adapter
 from ..models.backbone import Backbone, load_backbone
-from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, pad_right
+from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, own_labels, pad_right
 from ..runs.atomic import write_json
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
@@ -60,7 +60,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         seed_everything(config.seed)
         backbone = _base(config, config.device)
         tokenizer = backbone.tokenizer
-        labels = _own_labels(config)
+        labels = own_labels(config.labels)
         train = load_recorded(run, config, "train", "classify", labels).records
         held_out = load_recorded(run, config, "eval", "classify", labels).records
         other = _classifier(config, "compare")
@@ -110,7 +110,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
 def plan(config: ClassifyConfig) -> dict[str, Any]:
     """Sizes of the job, nothing trained."""
     backbone = _base(config, "cpu")
-    records = load_rows(config, "train", "classify", _own_labels(config)).records
+    records = load_rows(config, "train", "classify", own_labels(config.labels)).records
     model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
     require_gradients(adapter_parameters(model, ADAPTER))
     rows = rows_of(split(records, config)[0], backbone.tokenizer, config)
@@ -180,11 +180,6 @@ def _classifier(config: ClassifyConfig, key: Literal["teacher", "compare"]) -> T
 
 def _probabilities(logits: torch.Tensor) -> np.ndarray:
     return np.asarray(logits.double().softmax(-1))
-
-
-def _own_labels(config: ClassifyConfig) -> list[str] | None:
-    """None for the default names, which also lets data say neg, pos, 0 and 1."""
-    return None if config.labels == LABEL_NAMES else config.labels
 
 
 def _collate(batch: Any, pad_id: int) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
 from ..evaluation.summaries import SummaryFormat, score_summaries, summarize
 from ..models.adapters import kind_of, load_stack
 from ..models.backbone import Backbone
-from ..models.classifier import LABEL_NAMES, TextClassifier
+from ..models.classifier import TextClassifier, own_labels
 from ..sampling.sampler import Sampler
 
 DATA = {"seq2seq": "imdb-gist:test"}
@@ -37,7 +37,7 @@ def evaluate(name: str, data: str | None, limit: int | None, device: str, column
 
 def _classifier(name: str, data: str, limit: int | None, device: str, columns: Columns) -> dict[str, Any]:
     classifier = TextClassifier.load(name, device=device)
-    own = None if classifier.labels == LABEL_NAMES else classifier.labels
+    own = own_labels(classifier.labels)
     records = load_records(data, "classify", limit, labels=own, columns=columns)
     labels = np.array([record.label for record in records.records])
     if labels.max() >= len(classifier.labels):

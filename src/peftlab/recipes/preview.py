@@ -21,7 +21,7 @@ from ..evaluation.summaries import MOST, SummaryFormat
 from ..models.adapters import read_stack
 from ..models.backbone import NEEDS, Task
 from ..models.catalog import resolve
-from ..models.classifier import LABEL_NAMES
+from ..models.classifier import own_labels
 from . import classify, load, sft
 from .common import load_rows
 
@@ -99,7 +99,7 @@ def _tokenizer(name: str, task: Task) -> Any:
 def _records(config: Any, kind: str) -> list[Any]:
     if kind == "prompts":
         return load_records(config.train_data, kind, seed=config.seed).records
-    own = config.labels if kind == "classify" and config.labels != LABEL_NAMES else None
+    own = own_labels(config.labels) if kind == "classify" else None
     records = load_rows(config, "train", kind, own).records
     return classify.split(records, config)[0] if kind == "classify" else records
 
