@@ -13,7 +13,7 @@ from . import text
 from .read import as_number
 from .svg import rect, segment, words
 
-SIZE, LEFT, BOTTOM, TOP = 260, 40, 34, 10
+SIZE, LEFT, BOTTOM, TOP = 260, 40, 34, 20
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,5 @@ def reliability_chart(bins: list[dict[str, float]]) -> Markup:
     parts.append(segment("diagonal", at_x(0), at_y(0), at_x(1), at_y(1)))
     parts.append(segment("axis", LEFT, at_y(0), at_x(1), at_y(0)))
     parts.append(words("unit", at_x(1), SIZE - 4, "confidence", "end"))
-    parts.append(words("unit", LEFT + 4, TOP + 2, "accuracy", "start"))
+    parts.append(words("unit", LEFT, TOP - 9, "accuracy", "middle"))
     return Markup("".join(parts) + "</svg>")
