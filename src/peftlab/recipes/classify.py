@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +42,7 @@ class ClassifyConfig(TrainConfig):
     max_length: int = Field(512, ge=8, description="tokens; longer texts lose their middle")
     views: int = Field(1, ge=1, description="rows made of a text: itself, and random passages of it")
     crop: float = Field(0.0, ge=0, le=1, description="share of rows cut to a random opening of 6 to 48 words")
-    teacher: str = Field("", description="a classifier whose probabilities are the targets, instead of the labels")
+    teacher: str = Field("", description="classifiers, joined by +, whose mean probabilities are the targets, not labels")
     calibrate: float = Field(0.05, ge=0, lt=1, description="share of rows kept for the temperature, if 100 or more")
     labels: list[str] = Field(LABEL_NAMES, min_length=2)
     compare: str = Field("", description="another classifier, to be measured on the same held-out rows")
@@ -63,11 +64,11 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         labels = own_labels(config.labels)
         train = load_recorded(run, config, "train", "classify", labels).records
         held_out = load_recorded(run, config, "eval", "classify", labels).records
-        other = _classifier(config, "compare")
+        other = _classifier(config, "compare", config.compare) if config.compare else None
         model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
         require_gradients(adapter_parameters(model, ADAPTER))
         train, kept = split(train, config)
-        rows = rows_of(train, tokenizer, config, _classifier(config, "teacher"))
+        rows = rows_of(train, tokenizer, config, [_classifier(config, "teacher", n) for n in _teachers(config)])
 
         def logits_of(records: list[Any]) -> torch.Tensor:
             return classify_texts(model, tokenizer, [r.text for r in records], config.max_length)
@@ -131,16 +132,18 @@ def _base(config: ClassifyConfig, device: str) -> Backbone:
 
 
 def rows_of(
-    records: list[Any], tokenizer: Any, config: ClassifyConfig, teacher: TextClassifier | None = None
+    records: list[Any], tokenizer: Any, config: ClassifyConfig, teachers: Sequence[TextClassifier] = ()
 ) -> list[dict[str, Any]]:
-    """Token ids and target of each view: the label, or the teacher's probabilities of what the view shows."""
+    """Token ids and target of each view: the label, or the teachers' mean probabilities of what the view shows."""
     wrong = next((r for r in records if not 0 <= r.label < len(config.labels)), None)
     if wrong is not None:
         raise UserError(f"train_data: row {wrong.id} has label {wrong.label}; labels has {len(config.labels)} names")
     draw = random.Random(config.seed)
     views = [(view, record.label) for record in records for view in _views(record.text, config, draw)]
     texts = [text for text, _ in views]
-    targets = [label for _, label in views] if teacher is None else teacher.probabilities(texts).tolist()
+    targets = [label for _, label in views]
+    if teachers:
+        targets = torch.stack([teacher.probabilities(texts) for teacher in teachers]).mean(0).tolist()
     encoded = encode(tokenizer, texts, config.max_length)
     return [{"input_ids": ids, "label": target} for ids, target in zip(encoded, targets, strict=True)]
 
@@ -167,11 +170,12 @@ def split(records: list[Any], config: ClassifyConfig) -> tuple[list[Any], list[A
     return [r for i, r in enumerate(records) if i not in kept], [records[i] for i in sorted(kept)]
 
 
-def _classifier(config: ClassifyConfig, key: Literal["teacher", "compare"]) -> TextClassifier | None:
-    """The classifier that a key names, if it names one; it must know the same labels in the same order."""
-    name = config.teacher if key == "teacher" else config.compare
-    if not name:
-        return None
+def _teachers(config: ClassifyConfig) -> list[str]:
+    return [name.strip() for name in config.teacher.split("+")] if config.teacher else []
+
+
+def _classifier(config: ClassifyConfig, key: str, name: str) -> TextClassifier:
+    """The classifier that a key names; it must know the same labels in the same order."""
     found = TextClassifier.load(name, device=config.device)
     if found.labels != config.labels:
         raise UserError(f"{key} {name}: knows the labels {found.labels}, but labels is {config.labels}")
