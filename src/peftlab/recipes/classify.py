@@ -42,7 +42,7 @@ class ClassifyConfig(TrainConfig):
     max_length: int = Field(512, ge=8, description="tokens; longer texts lose their middle")
     views: int = Field(1, ge=1, description="rows made of a text: itself, and random passages of it")
     crop: float = Field(0.0, ge=0, le=1, description="share of rows cut to a random opening of 6 to 48 words")
-    teacher: str = Field("", description="classifiers, joined by +, whose mean probabilities are the targets, not labels")
+    teacher: str = Field("", description="classifiers, joined by +; their mean probabilities are the targets")
     calibrate: float = Field(0.05, ge=0, lt=1, description="share of rows kept for the temperature, if 100 or more")
     labels: list[str] = Field(LABEL_NAMES, min_length=2)
     compare: str = Field("", description="another classifier, to be measured on the same held-out rows")
