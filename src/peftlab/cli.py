@@ -50,10 +50,17 @@ def main() -> None:
 
 
 def _fail(message: object, code: int) -> None:
+    from .runs.progress import say
     from .runs.sanitize import sanitize
 
-    print(f"peftlab: {sanitize(str(message))}", file=sys.stderr)
+    say(f"peftlab: {sanitize(str(message))}")
     sys.exit(code)
+
+
+def _loading() -> None:
+    """The libraries take seconds to import, and a model some more: on a terminal that is said at once."""
+    if sys.stderr.isatty():
+        print("loading ...", file=sys.stderr, flush=True)
 
 
 def _training_verb(verb: str, summary: str) -> None:
@@ -68,6 +75,7 @@ def _training_verb(verb: str, summary: str) -> None:
         dry_run: Annotated[bool, typer.Option("--dry-run", help="show config and sizes; train nothing")] = False,
         as_json: Json = False,
     ) -> None:
+        _loading()
         from .recipes.launch import dry_run as show
         from .recipes.launch import launch
 
@@ -75,7 +83,7 @@ def _training_verb(verb: str, summary: str) -> None:
         if config is not None and "=" in config and not Path(config).exists():
             pairs, config = [config, *pairs], None
         if dry_run:
-            _print(show(verb, config, pairs), as_json)
+            _print_plan(show(verb, config, pairs), as_json)
         else:
             result = launch(verb, config, pairs, RUNS, run, resume)
             _print_summary(result, as_json)
@@ -86,7 +94,9 @@ for _verb, _summary in {
     "sft": "Fine-tune a language model with LoRA on text.",
     "classify": "Fine-tune a classifier with LoRA.",
     "summarize": "Teach an encoder-decoder to summarize: prefix tuning, LoRA, or all weights.",
+    "reward": "Train a reward model on pairs of answers: which one is preferred?",
     "ppo": "Steer a language model with PPO: only its adapter learns.",
+    "dpo": "Steer a language model with pairs of answers, without a reward model: only its adapter learns.",
 }.items():
     _training_verb(_verb, _summary)
 
@@ -95,12 +105,14 @@ for _verb, _summary in {
 def demo(
     run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a demo that was stopped")] = False,
+    full: Annotated[bool, typer.Option("--full", help="then explanations and summaries, too")] = False,
     as_json: Json = False,
 ) -> None:
-    """The whole lab in minutes: classify, SFT, PPO, an independent judge, and a report."""
+    """The whole lab in minutes: classify, SFT, reward model, PPO, an independent judge, and a report."""
+    _loading()
     from .recipes.demo import run_demo
 
-    run_demo(RUNS, run, resume=resume, as_json=as_json)
+    run_demo(RUNS, run, full=full, resume=resume, as_json=as_json)
 
 
 @app.command()
@@ -117,7 +129,10 @@ def models(as_json: Json = False) -> None:
     """List the models and adapters that load by name."""
     from .recipes.tools import model_rows
 
-    _print_rows(model_rows(), as_json)
+    rows = model_rows()
+    if not as_json:
+        rows = [row | {"size": f"{row['size'] / 1e6:.1f} MB"} for row in rows]
+    _print_rows(rows, as_json)
 
 
 @data_app.command("check")
@@ -144,13 +159,14 @@ def data_check(
 @data_app.command("preview")
 def data_preview(
     spec: Annotated[str, typer.Argument(help="data as in a config: a file, imdb:train, OWNER/NAME:SPLIT")],
-    kind: Annotated[str, typer.Option("--for", help="sft, classify, summarize or prompts")],
+    kind: Annotated[str, typer.Option("--for", help="sft, classify, summarize, preferences or prompts")],
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="whose tokenizer; default: the job's own model")] = None,
     rows: Annotated[int, typer.Option(help="rows to show in full")] = 3,
     as_json: Json = False,
 ) -> None:
     """Show what a model will see: tokens, those that count for the loss, what is cut, and lengths."""
+    _loading()
     from .recipes.preview import preview
 
     found = preview(spec, kind, model, rows, overrides or [])
@@ -199,6 +215,41 @@ for _verb, _summary in {
     _build_verb(_verb, _summary)
 
 
+@data_app.command("preferences")
+def data_preferences(
+    policy: Annotated[str, typer.Option(help="a causal model or adapter that answers: a name or a folder")],
+    prompts: Annotated[str, typer.Option(help="data as in a config: imdb:train, imdb-explanations:train, a file")],
+    output: Annotated[Path, typer.Option(help="folder to write into, or the .jsonl file of the training pairs")],
+    k: Annotated[int, typer.Option(help="answers to sample of each prompt")] = 4,
+    scorer: Annotated[str, typer.Option(help="rubric, a sentiment classifier, or module:function")] = "rubric",
+    want: Annotated[str, typer.Option(help="of a classifier: positive, negative, or label: the prompt's own")]
+    = "positive",
+    weight: Annotated[list[str] | None, typer.Option(help="PART=NUMBER of the rubric; default: mean of all")] = None,
+    min_margin: Annotated[float, typer.Option(help="least difference of the two scores")] = 0.1,
+    pairs_per_prompt: Annotated[int, typer.Option(help="most pairs of a prompt; the widest margins stay")] = 3,
+    held_out: Annotated[float, typer.Option(help="prompts of the test pairs: a share below 1, or a number")] = 0.1,
+    limit: Annotated[int | None, typer.Option(help="only this many prompts, a seeded sample")] = None,
+    prompt_tokens: Annotated[str | None, typer.Option(help="LOW,HIGH: openings of so many tokens; default: whole")]
+    = None,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: Annotated[int, typer.Option(help="answers sampled at a time")] = 128,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="the policy's: float32 or bfloat16")] = "float32",
+) -> None:
+    """Build pairs of a policy's own answers, the better one by a score, for `dpo` and reward models."""
+    _loading()
+    from .recipes.build_preferences import PreferenceOptions, band, build_preferences, weights_of
+    from .recipes.preferences_card import card
+
+    options = PreferenceOptions(
+        policy, prompts, output, k, scorer, want, weights_of(weight or []), min_margin, pairs_per_prompt, held_out,
+        limit, band(prompt_tokens), max_new_tokens, temperature, seed, batch_size, device, dtype,
+    )
+    print(card(build_preferences(options)))
+
+
 @app.command()
 def configs(name: Annotated[str | None, typer.Argument(help="show this config's text")] = None) -> None:
     """List the shipped configs, or show one."""
@@ -227,6 +278,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a model or an adapter."""
+    _loading()
     from .recipes.tools import generate_texts
 
     rows = generate_texts(stack, prompt, count, max_new_tokens, temperature, top_p, seed, device)
@@ -243,11 +295,15 @@ def generate(
 def predict(
     adapter: Annotated[str, typer.Argument(help="an adapter: a bundled name or a folder")],
     text: Annotated[str | None, typer.Option(help="predict this one text")] = None,
-    input: Annotated[Path | None, typer.Option(help="JSONL with a `text` (or `prompt`, or `document`) a row")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(help="JSONL with a `text` (or `prompt`, or `document`) a row; rewards: prompt and completion"),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL to write, one row per input row, in order")] = None,
     device: Device = "auto",
 ) -> None:
     """Run an adapter on a text or on a file."""
+    _loading()
     from .recipes.predict import predict as run_predict
 
     run_predict(adapter, text, input, output, device)
@@ -267,15 +323,23 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out data.
 
-    A classifier's accuracy, F1 and ECE, a summarizer's ROUGE, a language model's perplexity, or, where rows are prompts
-    with completions and labels, how its own answers explain the labels.
+    A classifier's accuracy, F1 and ECE, a summarizer's ROUGE, a reward model's accuracy on pairs of answers, a language
+    model's perplexity, or, where rows are prompts with completions and labels, how its own answers explain the labels.
     """
     from .data.check import column_pairs
 
     mapped = column_pairs(columns or [])  # before the libraries load
+    _loading()
     from .recipes.evaluate import evaluate as run_evaluate
 
-    _print(run_evaluate(stack, data, limit, device, mapped), as_json)
+    found = run_evaluate(stack, data, limit, device, mapped)
+    if as_json:
+        _print(found, True)
+        return
+    _print({name: value for name, value in found.items() if name not in ("metrics", "intervals")}, False)
+    print()
+    _print_rows([{"metric": name, "value": value, "95% interval": _interval(found, name)}
+                 for name, value in found["metrics"].items()], False)
 
 
 @app.command()
@@ -286,9 +350,24 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk with a model or an adapter; /help lists what you can do there."""
+    _loading()
     from .recipes.tools import open_chat
 
     open_chat(stack, system, seed, device).run()
+
+
+@app.command()
+def label(
+    prefs: Annotated[Path, typer.Argument(help="JSONL rows with prompt, chosen and rejected")],
+    output: Annotated[Path | None, typer.Option(help="journal of the choices; default: PREFS.labels.jsonl")] = None,
+    web: Annotated[bool, typer.Option("--web", help="label on a page in your browser")] = False,
+    port: Annotated[int, typer.Option(help="of the page, on 127.0.0.1; 0 takes any free one")] = 0,
+    seed: Annotated[int, typer.Option(help="draws which answer stands on the left")] = 0,
+) -> None:
+    """Judge pairs of answers yourself, and go on where you stopped; PREFS.labelled.jsonl holds them in your order."""
+    from .recipes.label import label as run_label
+
+    run_label(prefs, output, web, port, seed)
 
 
 @app.command()
@@ -319,6 +398,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Check the environment, and the invariants of a model with adapters; exit 1 where one fails."""
+    _loading()
     from .recipes.doctor import run_doctor
 
     findings = run_doctor(str(RUNS / stack) if (RUNS / stack).is_dir() else stack, device)
@@ -326,7 +406,7 @@ def doctor(
         _print(findings, True)
     else:
         _print(findings["environment"], False)
-        _print_rows(findings["checks"], False)
+        _print_rows([check | {"ok": "yes" if check["ok"] else "NO"} for check in findings["checks"]], False)
     if not all(check["ok"] for check in findings["checks"]):
         raise typer.Exit(1)
 
@@ -340,12 +420,24 @@ def _print(value: Any, as_json: bool) -> None:
         print(f"{key:{width}}  {_cell(item)}")
 
 
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """A dry run for a person: the config as a file would have it, then the sizes of the job."""
+    if as_json:
+        _print(plan, True)
+        return
+    from .config import to_toml
+
+    print(f"config\n\n{to_toml(plan['config'])}\nsizes\n")
+    _print({name: size for name, size in plan.items() if name != "config"}, False)
+
+
 def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print(summary, True)
         return
     rows = [
-        {"metric": name, "before": summary["baseline"].get(name), "after": value}
+        {"metric": name, "before": summary["baseline"].get(name), "after": value,
+         "95% interval": _interval(summary, name)}
         for name, value in summary["metrics"].items()
     ]
     _print_rows(rows, False)
@@ -373,11 +465,17 @@ def _short(reason: str | None, most: int = 60) -> str | None:
     return (line if len(line) <= most else line[: most - 3] + "...") or None
 
 
+def _interval(found: dict[str, Any], name: str) -> str | None:
+    """The 95% interval of a metric of a summary or an evaluation, to the digits of its figure; None without one."""
+    interval = found["intervals"].get(name)
+    return None if interval is None else " to ".join(map(_cell, interval))
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):
-        return "yes" if value else "NO"
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals."""
+"""Confidence intervals: bootstrap for any mean or metric, Wilson's for a share of cases."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ def bootstrap_rows(
     found = [metric(rng.integers(0, rows, rows)) for _ in range(draws)]
     low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)
+
+
+def wilson(hits: int, cases: int) -> tuple[float, float]:
+    """95% interval of the share hits / cases (cases > 0), sound for few cases and for shares of 0 and 1.
+
+    E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+    """
+    z = 1.959964  # the normal distribution's 97.5% quantile
+    share, spread = hits / cases, z * z / cases
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * np.sqrt(share * (1 - share) / cases + spread / (4 * cases)) / (1 + spread)
+    return float(max(0.0, middle - half)), float(min(1.0, middle + half))

@@ -32,6 +32,23 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def locked_file(path: Path) -> Iterator[int]:
+    """Holds the lock of the file `path` itself, made where it is absent; yields its open handle. Raises UserError."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened for writing: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path} is in use by another process; end that one, or choose another --output") from None
+        yield handle
+    finally:
+        os.close(handle)
+
+
 def is_locked(folder: Path) -> bool:
     """Whether a living process works in `folder`."""
     try:
