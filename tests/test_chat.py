@@ -14,7 +14,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftlab.chat.session import Session, transcript
+from peftlab.chat.session import DEFAULT, Session, transcript
 from peftlab.chat.terminal import Terminal
 from peftlab.data.records import Message
 from peftlab.models.backbone import load_backbone
@@ -201,11 +201,34 @@ def test_set_changes_how_it_is_decoded(session):
     assert shown == "\n", "nothing but the end of input"
 
 
+def test_set_alone_lists_what_would_be_typed(session):
+    session.decoding = Decoding(max_new_tokens=7, temperature=0.25, top_p=0.5, top_k=3)
+    before, shown = session.decoding, typed(session, "/set").split()
+    assert shown == ["temperature=0.25", "top_p=0.5", "top_k=3", "max_new_tokens=7"]
+    session.decoding = DEFAULT
+    assert typed(session, *(f"/set {pair}" for pair in shown)) == "\n" and session.decoding == before
+
+
+def test_help_tells_the_settings_a_chat_begins_with(sampler):
+    session = Session(sampler)
+    begins = typed(session, "/set").strip()
+    assert "temperature=0.7  top_p=0.95" in begins and begins in typed(session, "/help")
+
+
+def test_the_banner_is_two_lines_that_name_the_model_and_the_commands(session):
+    out = io.StringIO()
+    terminal = Terminal(session, Keyboard("/quit"), out, model="my\x1b[2J model")
+    terminal.run()
+    first, second = out.getvalue().splitlines()
+    assert first.startswith("my model, without a chat template")
+    assert second.split() == [*terminal.commands, "/quit"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     {
         "heat=1": "temperature, top_p, top_k, max_new_tokens",
-        "": "temperature, top_p",
+        "top_p": "not a number",
         "temperature": "not a number",
         "temperature=warm": "'warm' is not a number",
         "temperature=-1": "out of range",
@@ -318,7 +341,8 @@ def test_the_verb_talks_over_a_pipe_and_heeds_ctrl_c(folder):
         os.kill(it.pid, signal.SIGINT)
         heard += it.stdout.read()
     assert it.returncode == 0
-    assert heard.startswith("you> you> model> ") and heard.count("model> ") == 2
+    assert heard.startswith(folder) and heard.splitlines()[2].startswith("you> you> model> ")
+    assert heard.count("model> ") == 2
     assert "(stopped)" in heard and "user: the film" in heard and "assistant: the end" in heard
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,10 @@ import typer
 from commands import peftlab
 
 from peftlab import cli
-from peftlab.config import shipped_configs
+from peftlab.config import load_config, shipped_configs
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
-from peftlab.recipes import RECIPES
+from peftlab.recipes import RECIPES, load
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(cli.app)
@@ -137,7 +138,13 @@ def test_a_dry_run_prints_config_and_sizes_and_leaves_nothing(verb, shop, place)
     assert (plan["config"]["recipe"], plan["config"]["seed"]) == (verb, 3)
     assert any("tokens" in key for key in plan)
     assert all(value for key, value in plan.items()), "no size is nothing"
-    assert told(line.replace("--json", "")).startswith("config")
+    shown = told(line.replace("--json", ""))
+    assert shown.startswith("config\n")
+    toml, sizes = shown.removeprefix("config\n").split("\nsizes\n")
+    (place / "shown.toml").write_text(toml)
+    assert load_config(load(verb).CONFIG, "shown.toml").model_dump(mode="json") == plan.pop("config")
+    (place / "shown.toml").unlink()
+    assert [key for key in plan if f"\n{key}  " in sizes] == list(plan), "a size a line"
     assert list(place.iterdir()) == []
 
 
@@ -149,7 +156,7 @@ def test_an_override_may_come_first_and_a_shipped_name_may_take_overrides(shop):
     assert named["config"]["max_length"] == 64
 
 
-def test_doctor_finds_tiny_gpt2_fit():
+def test_doctor_finds_tiny_gpt2_fit(monkeypatch):
     findings = json.loads(told("doctor --json --device cpu"))
     assert findings.keys() == {"schema_version", "environment", "checks"} and findings["schema_version"] == 1
     checks = {check["name"]: check for check in findings["checks"]}
@@ -158,6 +165,9 @@ def test_doctor_finds_tiny_gpt2_fit():
         assert check.keys() == {"name", "value", "limit", "ok", "detail"}
         assert check["ok"] is True and math.isfinite(check["value"]) and check["detail"], check
     assert (checks["invariant/first_kl"]["value"], checks["invariant/first_ratio_error"]["limit"]) == (0.0, 1e-5)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    table = told("doctor --device cpu")
+    assert re.search(r"^hub_offline +no$", table, re.M) and "NO" not in table, "only a check that fails shouts"
     assert findings["environment"]["device"] == "cpu" and findings["environment"]["bytes_per_role"]
 
 
@@ -177,7 +187,11 @@ def test_models_lists_what_loads_offline():
     assert [row["name"] for row in rows] == known_names()
     assert set(CONVERTED) < {row["name"] for row in rows}
     assert all(row["size"] > 1000 and row["licence"] and row["kind"] for row in rows)
-    assert len(told("models").splitlines()) == len(rows) + 1
+    header, *lines = told("models").splitlines()
+    assert len(lines) == len(rows) and header.split()[-1] == "size"
+    for line, row in zip(lines, rows, strict=True):
+        size, unit = line.split()[-2:]
+        assert unit == "MB" and float(size) * 1e6 == pytest.approx(row["size"], abs=5e4)
 
 
 def test_predict_answers_each_row_in_order_under_its_id(place):

@@ -65,6 +65,39 @@ def test_text_needs_no_quotes(text):
     assert load_config(Job, None, [f"model={text}"]).model == text
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    {
+        "a,b": ["a", "b"],
+        " a , b c ": ["a", "b c"],
+        "a": ["a"],
+        "[a, b]": ["a", "b"],
+        '["a", "b"]': ["a", "b"],
+        '"a","b"': ["a", "b"],
+        '"a,b"': ["a", "b"],
+        "1,2": ["1", "2"],
+        "1": ["1"],
+        "true,0.5": ["true", "0.5"],
+        '["a,b"]': ["a,b"],
+        "": [],
+    }.items(),
+)
+def test_a_list_of_strings_needs_no_toml(text, names):
+    assert load_config(Job, None, [f"words={text}"]).words == names
+    if text:
+        assert load_config(Job, None, [f"table.names={text}"]).table.names == names
+
+
+@given(st.lists(st.text(string.ascii_letters + "._- /", min_size=1).map(str.strip).filter(bool), min_size=1))
+def test_names_joined_by_commas_are_those_names(names):
+    assert load_config(Job, None, [f"words={','.join(names)}"]).words == names
+
+
+def test_a_choice_beside_a_list_is_no_list():
+    assert load_config(Job, None, ["table.names=all"]).table.names == "all"
+    assert load_config(Job, None, ["model=a,b"]).model == "a,b", "only where the key takes a list"
+
+
 def test_later_overrides_win_and_tables_keep_their_other_keys(tmp_path):
     path = tmp_path / "j.toml"
     path.write_text('\ufeffrecipe = "job"\r\nsteps = 5\r\n[table]\r\nrank = 7\r\nnames = ["q"]\r\n', encoding="utf-8")

@@ -157,7 +157,19 @@ def test_of_many_records_a_sample_is_measured(tmp_path, shop):
     spec = tiny.write_rows(tmp_path / "a.jsonl", [{"prompt": "good"}] * (SAMPLE + 7))
     found = preview(spec, "prompts", shop["gpt2"], 1, [])
     assert (found["records"], found["sample"], found["training_rows"]) == (SAMPLE + 7, SAMPLE, SAMPLE)
-    assert "a sample of 1000 of 1007 records" in shown(found)
+    assert "a sample of 1000 of 1007 records: 1000 rows to train on (one of each)" in shown(found)
+
+
+def test_how_records_become_rows_is_told_in_words(tmp_path, shop):
+    packed = preview(shop["plain"], "sft", shop["gpt2"], 0, ["max_length=40"])
+    assert "rows to train on (texts are packed, one behind the other, into rows of 40 tokens)" in shown(packed)
+    assert "3 rows to train on (one of each)" in shown(preview(shop["pairs"], "sft", shop["gpt2"], 0, []))
+    both = Path(shop["plain"]).read_text() + Path(shop["pairs"]).read_text()
+    (tmp_path / "both.jsonl").write_text(both)
+    mixed = preview(str(tmp_path / "both.jsonl"), "sft", shop["gpt2"], 0, ["max_length=90"])
+    assert mixed["how"].startswith("texts are packed") and mixed["how"].endswith("the others are a row each")
+    views = preview(shop["classed"], "classify", shop["encoder"], 0, ["views=3", "max_length=60"])
+    assert views["training_rows"] == 9 and "9 rows to train on (3 views of each)" in shown(views)
 
 
 def test_the_users_columns_and_bad_rows_are_read_as_in_training(tmp_path, shop, capsys):
@@ -215,7 +227,7 @@ def test_the_command_prints_rows_and_table_and_json(shop):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{pairs} --for chat", ["--for chat", "sft, classify, summarize, prompts"]),
+        ("{pairs} --for chat", ["--for chat", "sft, classify, summarize, preferences, prompts"]),
         ("{pairs} --for sft --rows -1", ["--rows -1"]),
         ("{pairs} --for sft max_lenght=9", ["max_lenght", "did you mean max_length"]),
         ("{pairs} --for sft columns.txet=a", ["txet", "did you mean text"]),

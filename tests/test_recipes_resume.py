@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,11 +29,12 @@ LONG = {
     "classify": ["max_steps=16", "batch_size=4", "lora.dropout=0.1", "save_every=6"],
     "summarize": ["max_steps=16", "beams=1", "save_every=6"],
     "pretrain": ["max_steps=16", "max_length=16", "save_every=6"],
-    "ppo": ["steps=6", "reward=", "reward_function=gate:count", "kl_target=1.0", "critic=adapter", "save_every=2"],
+    "ppo": ["steps=6", "reward=gate:count", "kl_target=1.0", "critic=adapter", "save_every=2"],
 }
 STOPS = {"sft": (3, 13), "classify": (3, 13), "summarize": (3, 13), "pretrain": (9,), "ppo": (1, 4)}
 
-# A reward that, once told to, holds the run in the middle of step 3 until the file `go` is there.
+# A reward that, once told to, holds the run in the middle of step 3 until the file `go` is there. Its first call is of
+# an evaluation prompt, before the training.
 GATE = '''
 import os, time
 
@@ -41,7 +43,7 @@ calls = 0
 def count(prompts, completions, records):
     global calls
     calls += 1
-    if calls == 3 and os.environ.get("GATE"):
+    if calls == 4 and os.environ.get("GATE"):
         open("waiting", "w").close()
         while not os.path.exists("go"):
             time.sleep(0.01)
@@ -193,14 +195,17 @@ def test_signals_stop_a_real_process_and_resume_finishes(shop, whole, tmp_path, 
     for number, process in processes.items():
         _, errors = process.communicate(timeout=SECONDS)
         assert process.returncode == 128 + number, errors
-        assert errors.rstrip().endswith(f"stopped by {number.name}; --resume continues")
+        *_, said, line = errors.rstrip().splitlines()
+        assert said == f"peftlab: stopped by {number.name}; this continues the run:"
+        program, *words = shlex.split(line)
+        assert (program, words) == ("peftlab", [*arguments(shop), "--resume"])
         assert "Traceback" not in errors
         run = tmp_path / number.name / "runs" / "ppo"
         assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
         assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000002", "step-00000003"]
         capsys.readouterr()
         monkeypatch.chdir(tmp_path / number.name)
-        cli.app([*arguments(shop), "--resume", "--json"], standalone_mode=False)
+        cli.app([*words, "--json"], standalone_mode=False)
         assert json.loads(capsys.readouterr().out) == json.loads((run / "summary.json").read_text())
         assert_same(run, whole["ppo"])
 

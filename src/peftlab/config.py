@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -57,17 +57,17 @@ def load_config(cls: type[C], source: str | None, overrides: Sequence[str] = ())
     if recipe is not None and data.get("recipe", recipe) != recipe:
         raise UserError(f"{origin}: this config is for `peftlab {data['recipe']}`, not for `peftlab {recipe}`")
     for override in overrides:
-        _apply(data, override)
+        _apply(cls, data, override)
     try:
         return cls.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{origin}: " + "; ".join(_explain(cls, e) for e in error.errors())) from None
 
 
-def to_toml(config: Config) -> str:
-    """The resolved config as TOML that `load_config` reads back to an equal model."""
+def to_toml(config: Config | Mapping[str, Any]) -> str:
+    """The resolved config, or its `model_dump`, as TOML that `load_config` reads back to an equal model."""
     tables: list[str] = []
-    lines = _lines(config.model_dump(exclude_none=True), tables)
+    lines = _lines(config.model_dump(exclude_none=True) if isinstance(config, Config) else config, tables)
     return "\n".join(lines + tables) + "\n"
 
 
@@ -95,16 +95,37 @@ def _find(source: str) -> Path:
     raise UserError(f"config {source}: no such file and no shipped config of that name{hint}")
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply(cls: type[Config], data: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         raise UserError(f"override {override!r}: expected key=value, for example lr=1e-4 or lora.r=8")
+    kind: Any = cls
     *tables, last = name.strip().split(".")
     for table in tables:
+        kind = _kind(kind, table)
         data = data.setdefault(table, {})
         if not isinstance(data, dict):
             raise UserError(f"override {override!r}: {table} is not a table")
-    data[last] = _value(text.strip())
+    data[last] = _names(text.strip(), _kind(kind, last))
+
+
+def _kind(cls: Any, key: str) -> Any:
+    """The annotation of a config's key; None where it has no such key, or is no config."""
+    known = isinstance(cls, type) and issubclass(cls, Config) and key in cls.model_fields
+    return cls.model_fields[key].annotation if known else None
+
+
+def _names(text: str, kind: Any) -> Any:
+    """An override's value; where the key takes a list of strings, a,b,c and [a, b, c] are one too."""
+    value = _value(text)
+    choices = [c for part in get_args(kind) if get_origin(part) is Literal for c in get_args(part)]
+    if (kind != list[str] and list[str] not in get_args(kind)) or isinstance(value, list) or value in choices:
+        return value
+    inside = value if isinstance(value, str) else text
+    if inside.startswith("[") and inside.endswith("]"):
+        inside = inside[1:-1]
+    items = [part.strip() for part in inside.split(",")] if inside.strip() else []
+    return [item if isinstance(item := _value(part), str) else part for part in items]
 
 
 def _value(text: str) -> Any:

@@ -9,6 +9,9 @@ from typing import Any
 from ..data.records import Message
 from ..sampling.sampler import Decoding, Sampler
 
+# A small model wanders off at a higher temperature.
+DEFAULT = Decoding(max_new_tokens=128, temperature=0.7, top_p=0.95)
+
 
 @dataclass
 class Session:
@@ -19,7 +22,7 @@ class Session:
     """
 
     sampler: Sampler
-    decoding: Decoding = field(default_factory=lambda: Decoding(max_new_tokens=128, temperature=0.8, top_p=0.95))
+    decoding: Decoding = DEFAULT
     system: str = ""
     seed: int = 0
     turns: list[Message] = field(default_factory=list)

@@ -6,18 +6,31 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..errors import UserError
 from ..runs.sanitize import StreamSanitizer, sanitize
-from .session import Session, transcript
+from ..sampling.sampler import Decoding
+from .session import DEFAULT, Session, transcript
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  - gives input() its line editing and history
 
-HELP = """\
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int
+}
+
+
+def told(decoding: Decoding) -> str:
+    """The settings as one would type them."""
+    return "  ".join(f"{key}={getattr(decoding, key):g}" for key in SETTINGS)
+
+
+HELP = f"""\
 /help                  this list
-/set KEY=VALUE         temperature, top_p, top_k, max_new_tokens
+/set KEY=VALUE         {", ".join(SETTINGS)}; a chat begins with
+                       {told(DEFAULT)}
+/set                   the settings now
 /system TEXT           set the system text (empty: none)
 /history               the turns so far
 /undo                  take back your last turn and its reply
@@ -30,8 +43,11 @@ Ctrl+C                 stop a reply; what was said is kept"""
 class Terminal:
     """A read-eval-print loop over a session."""
 
-    def __init__(self, session: Session, read: Callable[[str], str] = input, out: TextIO = sys.stdout) -> None:
-        self.session, self.read, self.out = session, read, out
+    def __init__(
+        self, session: Session, read: Callable[[str], str] = input, out: TextIO = sys.stdout, model: str = ""
+    ) -> None:
+        """`model`: what the banner calls the model; empty for no banner."""
+        self.session, self.read, self.out, self.model = session, read, out, model
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self.say(HELP),
             "/set": self.set,
@@ -44,6 +60,8 @@ class Terminal:
 
     def run(self) -> None:
         """Until /quit or the end of input."""
+        if self.model:
+            self.say(f"{sanitize(self.model)}, {self._manner()}\n{' '.join(self.commands)} /quit")
         while True:
             try:
                 line = self.read("you> ").strip()
@@ -87,13 +105,19 @@ class Terminal:
         if before == 0 and self.session.dropped:
             self.say(f"(the context of {self.session.context} tokens is full: oldest turns are dropped from now on)")
 
+    def _manner(self) -> str:
+        template = self.session.sampler.tokenizer.chat_template
+        return "asked by its chat template" if template else "without a chat template: it goes on with what you write"
+
     def set(self, text: str) -> None:
+        if not text:
+            self.say(told(self.session.decoding))
+            return
         key, _, value = text.partition("=")
-        kinds = {"temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int}
-        if key.strip() not in kinds:
-            raise UserError(f"/set {key}: known keys are {', '.join(kinds)}")
+        if key.strip() not in SETTINGS:
+            raise UserError(f"/set {key}: known keys are {', '.join(SETTINGS)}")
         try:
-            number = kinds[key.strip()](value)
+            number = SETTINGS[key.strip()](value)
         except ValueError:
             raise UserError(f"/set {key}: {value.strip()!r} is not a number") from None
         limits = {"max_new_tokens": self.session.context - 1, "top_p": 1}

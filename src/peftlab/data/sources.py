@@ -182,6 +182,8 @@ def _usable(found: Iterable[tuple[str, Record | str]], hint: str, skipped: Skipp
         lines = [f"{len(bad)} of {len(records) + len(bad)} rows are not usable:"]
         lines += [f"{place}: {reason}" for place, reason in bad[:ERRORS_SHOWN]]
         rest = f"... and {len(bad) - ERRORS_SHOWN} more; " if len(bad) > ERRORS_SHOWN else ""
+        if any(reason.startswith("label: ") and " is not one of " in reason for _, reason in bad):
+            hint += "; `labels` in a classifier's config names the classes, as in labels=bad,fair,good"
         lines.append(f"{rest}{hint}; on_bad_row=skip in a supervised job's config leaves them out")
         raise UserError("\n".join(lines))
     return records

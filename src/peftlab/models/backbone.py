@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..ops.masks import position_ids
+from ..ops.masks import last_true, position_ids
 from .catalog import resolve
 
 Task = Literal["causal", "classifier", "seq2seq"]
@@ -127,6 +127,12 @@ def causal_states(model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int) 
     output = model(**_inputs(input_ids, mask), logits_to_keep=1, output_hidden_states=True)
     states: Tensor = output.hidden_states[-1][:, -keep - 1 : -1]
     return states
+
+
+def last_states(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """The final state (B, D) at each row's last real token, whatever the padding side. No logits are computed."""
+    states: Tensor = trunk(model)(**_inputs(input_ids, mask)).last_hidden_state
+    return states[torch.arange(len(states), device=states.device), last_true(mask)]
 
 
 def _inputs(input_ids: Tensor, mask: Tensor) -> dict[str, Any]:

@@ -22,7 +22,15 @@ from ..runs.atomic import write_json
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, load_rows, require_gradients, resume_point, seed_everything, trained_parameters
+from .common import (
+    load_recorded,
+    load_rows,
+    note_model,
+    require_gradients,
+    resume_point,
+    seed_everything,
+    trained_parameters,
+)
 
 ADAPTER = "policy"
 CROPS = (6, 48)
@@ -37,7 +45,7 @@ class ClassifyConfig(TrainConfig):
     model: str = "minilm-distilbert"
     train_data: str = "imdb:train"
     eval_data: str = "imdb:test"
-    train_limit: int = Field(0, ge=0, description="rows to train on, a seeded sample; 0 = all")
+    train_limit: int = Field(0, ge=0, description="records to train on, a seeded sample; 0 = all; views multiply")
     eval_limit: int = Field(0, ge=0)
     max_length: int = Field(512, ge=8, description="tokens; longer texts lose their middle")
     views: int = Field(1, ge=1, description="rows made of a text: itself, and random passages of it")
@@ -60,6 +68,9 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             return run.summary or {}
         seed_everything(config.seed)
         backbone = _base(config, config.device)
+        note_model(run, "model", config.model, backbone.fingerprint)
+        for key, name in [("compare", config.compare), *(("teacher", name) for name in _teachers(config))]:
+            note_model(run, key, name)
         tokenizer = backbone.tokenizer
         labels = own_labels(config.labels)
         train = load_recorded(run, config, "train", "classify", labels).records

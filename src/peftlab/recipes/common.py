@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from ..data.sources import RecordSet, load_records, same_data
+from ..models.adapters import adapter_hash
+from ..runs.progress import say
 from ..runs.rundir import RunDir
 
 
@@ -55,8 +58,7 @@ def load_recorded(
     note_data(run, data, _rows_asked(config, which)[1])
     if data.skipped:
         run.record_skipped(which, data.skipped)
-        message = f"{data.name}: {len(data.skipped)} bad rows skipped; {run.path / 'skipped.jsonl'} lists them"
-        print(message, file=sys.stderr)
+        say(f"{data.name}: {len(data.skipped)} bad rows skipped; {run.path / 'skipped.jsonl'} lists them")
     return data
 
 
@@ -65,6 +67,22 @@ def note_data(run: RunDir, data: RecordSet, limit: int) -> None:
     # With the limit: ppo may evaluate on a draw of its training prompts, and one name has one hash.
     name = f"{data.name}, at most {limit} rows" if limit else data.name
     run.record_data(name, data.sha256, len(data.records))
+
+
+def note_model(run: RunDir, key: str, name: str, fingerprint: str = "") -> None:
+    """Notes what a key of the config names, by its hash: an adapter's files, or the `fingerprint` of a loaded base.
+
+    A resumed run refuses another one under the same name. An empty name is nothing.
+    """
+    if name:
+        run.record_model(f"{key} {name}", adapter_hash(name) or fingerprint)
+
+
+def note_function(run: RunDir, key: str, path: str) -> None:
+    """The same of `module:function`, which is imported by now: by the bytes of the module's file."""
+    file = getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)
+    if file:
+        run.record_model(f"{key} {path}", hashlib.sha256(Path(file).read_bytes()).hexdigest())
 
 
 def _rows_asked(config: DataConfig, which: Literal["train", "eval"]) -> tuple[str, int]:
@@ -77,6 +95,9 @@ def resume_point(run: RunDir) -> Path | None:
     for problem in skipped:
         run.event("checkpoint_skipped", reason=problem)
     run.truncate_after(checkpoint.step if checkpoint else -1)
+    if run.resumed:
+        where = f"after step {checkpoint.step}" if checkpoint else "from the start, since it has no checkpoint"
+        say(f"{run.name}: goes on {where}")
     return checkpoint.path if checkpoint else None
 
 

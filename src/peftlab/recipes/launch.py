@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, load_config, to_toml
+from ..errors import Interrupted, UserError
 from ..report import render
-from ..runs.rundir import RunDir
+from ..runs.progress import say
+from ..runs.rundir import RunDir, ended_runs
 from . import load
 
 
 def launch(
     verb: str, source: str | None, overrides: list[str], root: Path, name: str | None = None, resume: bool = False
 ) -> dict[str, Any]:
-    """Resolve the config, open the run folder, train, render the report. Returns the summary."""
+    """Resolve the config, open the run folder, train, render the report. Returns the summary.
+
+    Raises Interrupted, with the command that continues the run, where a signal stopped it.
+    """
     config, default = _resolve(verb, source, overrides)
-    return start(verb, config, root, name or free_name(root, default, resume), resume)
+    name = name or free_name(root, default, resume, config)
+    try:
+        return start(verb, config, root, name, resume)
+    except Interrupted as error:
+        words = [verb, *([source] if source else []), *overrides, "--run", name, "--resume"]
+        raise stopped(error.signum, words) from None
 
 
 def start(verb: str, config: Config, root: Path, name: str, resume: bool = False) -> dict[str, Any]:
     """Run a recipe with a config that is already resolved."""
     run = RunDir.create(root, name, verb, to_toml(config), resume=resume)
     if run.finished:
-        print(f"{name}: already done; nothing to resume", file=sys.stderr)
+        say(f"{name}: already done; nothing to resume")
+    elif run.resumed:
+        say(f"{name}: resuming this run")
     try:
         summary: dict[str, Any] = load(verb).run(config, run)
     finally:
         if (run.path / "summary.json").is_file():
             render(run.path)
     return summary
+
+
+def stopped(signum: int, words: list[str]) -> Interrupted:
+    """A stop by a signal, whose message ends with a line to type: `peftlab` and these words continue the run."""
+    command = shlex.join(["peftlab", *words])
+    return Interrupted(signum, f"stopped by {signal.Signals(signum).name}; this continues the run:\n  {command}")
 
 
 def dry_run(verb: str, source: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -44,10 +63,28 @@ def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Confi
     return load_config(module.CONFIG, source, overrides), Path(source).stem if source else verb
 
 
-def free_name(root: Path, name: str, resume: bool) -> str:
-    """`name`, or the first of name-2, name-3 ... that is not taken; a resume continues the last taken one."""
+def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
+    """`name`, or the first of name-2, name-3 ... that is not taken; for a resume the run of `config` to go on with."""
+    if resume:
+        return _to_resume(root, config)
     names = [name, *(f"{name}-{n}" for n in range(2, 1000))]
-    taken = [n for n in names if (root / n / "config.toml").exists()]
-    if resume and taken:
-        return taken[-1]
-    return next(n for n in names if n not in taken)
+    return next(n for n in names if not (root / n / "config.toml").exists())
+
+
+def _to_resume(root: Path, config: Config) -> str:
+    """The newest run of the recipe that can go on, one of this very config before any other.
+
+    Where none can, the newest that is done with this config, so that a resume may be repeated.
+    """
+    recipe, ours = type(config).model_fields["recipe"].default, to_toml(config)
+    best = (False, False, "")
+    for folder, status in ended_runs(root, recipe):
+        same, going = (folder / "config.toml").read_text(encoding="utf-8") == ours, status != "done"
+        if (same or going) and (same, going) >= best[:2]:
+            best = (same, going, folder.name)
+    if not best[2]:
+        raise UserError(
+            f"no run of {recipe} in {root} can be resumed: none has logged a figure or written a checkpoint; "
+            "drop --resume to start one"
+        )
+    return best[2]

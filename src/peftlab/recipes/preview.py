@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import load_config
 from ..data.prompts import openings
+from ..data.records import Text
 from ..data.sources import load_records
 from ..data.tokenize import IGNORED
 from ..errors import UserError
@@ -22,10 +23,11 @@ from ..models.adapters import read_stack
 from ..models.backbone import NEEDS, Task
 from ..models.catalog import resolve
 from ..models.classifier import own_labels
-from . import classify, load, sft
+from . import classify, dpo, load, sft
 from .common import load_rows
 
 SAMPLE = 1000
+ONE_EACH = "one of each"
 UNLIMITED = 10**9
 
 
@@ -40,15 +42,17 @@ class Piece:
 
 
 Made = tuple[list[list[Piece]], int]  # the pieces of each record, and how many rows they are in training
+How = Callable[[Sequence[Any], Any], str]  # in words, how records of a config become those rows
 
 
 @dataclass(frozen=True)
 class Job:
-    """How a recipe makes rows: its verb, the model it needs, the maker, and the config that limits nothing."""
+    """How a recipe makes rows: its verb, the model it needs, the maker, its words, and the config without limits."""
 
     verb: str
     task: Task
     make: Callable[[Sequence[Any], Any, Any], Made]
+    how: How
     unlimited: dict[str, Any]
 
 
@@ -78,6 +82,7 @@ def preview(spec: str, kind: str, model: str | None, rows: int, overrides: Seque
         "rows": [_row(*triple, tokenizer, config) for triple in shown],
         "sample": len(sample),
         "training_rows": training_rows,
+        "how": job.how(sample, config),
         "labels": dict(Counter(name for record in sample if (name := _label(record, config)))),
         "lengths": _lengths(made, whole),
     }
@@ -135,15 +140,40 @@ def _prompts(records: Sequence[Any], tokenizer: Any, config: Any) -> Made:
     return [[_read("prompt", ids)] for ids in rows], len(rows)
 
 
+def _preferences(records: Sequence[Any], tokenizer: Any, config: Any) -> Made:
+    rows = dpo.rows_of(list(records), tokenizer, config)
+    made = [
+        [_read("prompt", row["prompt"]), *(Piece(n, row[n], [True] * len(row[n])) for n in ("chosen", "rejected"))]
+        for row in rows
+    ]
+    return made, len(rows)
+
+
 def _read(name: str, ids: list[int]) -> Piece:
     return Piece(name, ids, [False] * len(ids))
 
 
+def _packed(records: Sequence[Any], config: Any) -> str:
+    texts = sum(isinstance(record, Text) for record in records)
+    packed = f"texts are packed, one behind the other, into rows of {config.max_length} tokens"
+    return packed if texts == len(records) else f"{packed}; the others are a row each" if texts else ONE_EACH
+
+
+def _viewed(_: Sequence[Any], config: Any) -> str:
+    return ONE_EACH if config.views == 1 else f"{config.views} views of each"
+
+
+def _one_each(_: Sequence[Any], __: Any) -> str:
+    return ONE_EACH
+
+
+MOST_TOKENS = {name: MOST[name] for name in ("max_length", "max_summary")}
 JOBS = {
-    "sft": Job("sft", "causal", _sft, {"max_length": UNLIMITED, "document_tokens": 0}),
-    "classify": Job("classify", "classifier", _classify, {"max_length": UNLIMITED, "crop": 0.0, "views": 1}),
-    "summarize": Job("summarize", "seq2seq", _summarize, {n: MOST[n] for n in ("max_length", "max_summary")}),
-    "prompts": Job("ppo", "causal", _prompts, {"prompt_tokens": (UNLIMITED, UNLIMITED)}),
+    "sft": Job("sft", "causal", _sft, _packed, {"max_length": UNLIMITED, "document_tokens": 0}),
+    "classify": Job("classify", "classifier", _classify, _viewed, {"max_length": UNLIMITED, "crop": 0.0, "views": 1}),
+    "summarize": Job("summarize", "seq2seq", _summarize, _one_each, MOST_TOKENS),
+    "preferences": Job("dpo", "causal", _preferences, _one_each, {"max_length": UNLIMITED}),
+    "prompts": Job("ppo", "causal", _prompts, _one_each, {"prompt_tokens": (UNLIMITED, UNLIMITED)}),
 }
 
 

@@ -68,7 +68,7 @@ def _sample(found: dict[str, Any]) -> Text:
     whole = found["sample"] == found["records"]
     of = f"all {found['records']} records" if whole else f"a sample of {found['sample']} of {found['records']} records"
     labels = "".join(f"; {plain(name)} {count}" for name, count in sorted(found["labels"].items()))
-    return Text(f"\n{of}: {found['training_rows']} training rows{labels}\n")
+    return Text(f"\n{of}: {found['training_rows']} rows to train on ({found['how']}){labels}\n")
 
 
 def plain(text: str) -> str:

@@ -18,7 +18,15 @@ from ..sampling.sampler import Sampler
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.sampler import row_length
 from ..training.trainer import LabTrainer
-from .common import load_recorded, load_rows, require_gradients, resume_point, seed_everything, trained_parameters
+from .common import (
+    load_recorded,
+    load_rows,
+    note_model,
+    require_gradients,
+    resume_point,
+    seed_everything,
+    trained_parameters,
+)
 
 ADAPTER = "policy"
 
@@ -30,7 +38,7 @@ class SftConfig(TrainConfig):
     model: str = "tiny-gpt2"
     train_data: str = "imdb:train"
     eval_data: str = "imdb:test"
-    train_limit: int = Field(0, ge=0, description="rows to train on, a seeded sample; 0 = all")
+    train_limit: int = Field(0, ge=0, description="records to train on, a seeded sample; 0 = all")
     eval_limit: int = Field(500, ge=0)
     max_length: int = Field(512, ge=8, description="tokens of a packed block, or of a prompt with its completion")
     document_tokens: int = Field(0, ge=0, description="keep the first sentences that fit into so many tokens; 0 = all")
@@ -48,6 +56,7 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
             return run.summary or {}
         seed_everything(config.seed)
         backbone, under = _base(config)
+        note_model(run, "model", config.model, backbone.fingerprint)
         tokenizer = backbone.tokenizer
         train = load_recorded(run, config, "train", "sft").records
         held_out = load_recorded(run, config, "eval", "sft").records

@@ -25,7 +25,15 @@ from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.sampler import pair_length
 from ..training.trainer import LabTrainer
-from .common import load_recorded, load_rows, require_gradients, resume_point, seed_everything, trained_parameters
+from .common import (
+    load_recorded,
+    load_rows,
+    note_model,
+    require_gradients,
+    resume_point,
+    seed_everything,
+    trained_parameters,
+)
 
 ADAPTER = "policy"
 SAMPLES, OPENING = 24, 240  # rows in samples.jsonl, and characters of a document there
@@ -38,7 +46,7 @@ class SummarizeConfig(TrainConfig):
     model: str = "tiny-t5"
     train_data: str = "imdb-gist:train"
     eval_data: str = "imdb-gist:test"
-    train_limit: int = Field(0, ge=0, description="rows to train on, a seeded sample; 0 = all")
+    train_limit: int = Field(0, ge=0, description="records to train on, a seeded sample; 0 = all")
     eval_limit: int = Field(200, ge=0)
     max_length: int = Field(
         512, ge=8, le=MOST["max_length"], description="tokens of a document with its task prefix; longer ones are cut"
@@ -68,6 +76,7 @@ def run(config: SummarizeConfig, run: RunDir) -> dict[str, Any]:
             return run.summary or {}
         seed_everything(config.seed)
         backbone = load_backbone(config.model, "seq2seq", device=config.device)
+        note_model(run, "model", config.model, backbone.fingerprint)
         tokenizer, form = backbone.tokenizer, _form(config)
         rows = form.rows(load_recorded(run, config, "train", "summarize").records, tokenizer)
         held_out = load_recorded(run, config, "eval", "summarize").records

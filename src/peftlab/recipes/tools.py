@@ -67,7 +67,7 @@ def load_sampler(name: str, device: str, dtype: str = "float32") -> Sampler:
 
 def open_chat(stack: str, system: str, seed: int, device: str) -> Terminal:
     """A chat at the terminal."""
-    return Terminal(Session(load_sampler(stack, device), system=system, seed=seed))
+    return Terminal(Session(load_sampler(stack, device), system=system, seed=seed), model=stack)
 
 
 def _imdb_folder() -> Path:

@@ -19,8 +19,9 @@ class FixedKL:
 class AdaptiveKL:
     """Proportional controller in log space (Ziegler et al. 2019, sec. 2.2): the error is clipped to +-0.2.
 
-    coef <- coef * (1 + clip(kl / target - 1, +-0.2) * episodes / horizon). `target`: nats per completion;
-    `horizon`: completions over which a full error moves the coefficient by e^0.2.
+    coef <- coef * (1 + clip(kl / target - 1, +-0.2) * min(episodes / horizon, 1)). `target`: nats per completion;
+    `horizon`: completions over which a full error moves the coefficient by e^0.2. A step of more completions counts
+    as one horizon: past it the factor would overshoot, and be negative in the end.
     """
 
     coef: float
@@ -29,4 +30,4 @@ class AdaptiveKL:
 
     def update(self, kl: float, episodes: int) -> None:
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.coef *= 1.0 + error * episodes / self.horizon
+        self.coef *= 1.0 + error * min(episodes / self.horizon, 1.0)

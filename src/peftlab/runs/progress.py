@@ -1,15 +1,21 @@
-"""One line of progress: on a terminal it rewrites itself, elsewhere it comes every ten seconds and at the end."""
+"""Standard error while a job runs: one line of progress, and lines that do not run into it.
+
+On a terminal the line of progress rewrites itself; elsewhere it comes every ten seconds and at the end.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from typing import ClassVar
 
 EVERY_S = 10.0
 
 
 class Progress:
-    """Shows on standard error how far a job of `total` steps is."""
+    """Shows on standard error how far a job of `total` steps is. `open`: a line on the terminal has no end yet."""
+
+    open: ClassVar[bool] = False
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -22,4 +28,13 @@ class Progress:
             return
         self.shown = time.monotonic()
         line = f"  step {step}/{self.total}  {figures}"
-        print(f"\r{line:<79}" if live else line, end="\n" if last or not live else "", file=sys.stderr, flush=True)
+        Progress.open = live and not last
+        print(f"\r{line:<79}" if live else line, end="" if Progress.open else "\n", file=sys.stderr, flush=True)
+
+
+def say(message: str) -> None:
+    """A line on standard error of its own, below the progress that stands there."""
+    if Progress.open:
+        print(file=sys.stderr)
+        Progress.open = False
+    print(message, file=sys.stderr, flush=True)

@@ -25,9 +25,9 @@ from .checkpoint import CheckpointStore
 from .lock import LOCK, locked
 from .metrics import metric
 from .signals import StopSignals
-from .summary import find_run, list_runs, outcome, read_environment, read_summary
+from .summary import ended_runs, find_run, list_runs, outcome, read_environment, read_summary
 
-__all__ = ["RunDir", "check_name", "find_run", "list_runs", "read_summary"]
+__all__ = ["RunDir", "check_name", "ended_runs", "find_run", "list_runs", "read_summary"]
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -193,15 +193,22 @@ class RunDir:
 
     def record_data(self, name: str, sha256: str, rows: int) -> None:
         """Notes which data the run read, in environment.json; UserError where a resume meets other data."""
+        self._record("data", name, {"sha256": sha256, "rows": rows}, f"data {name!r}")
+
+    def record_model(self, what: str, sha256: str) -> None:
+        """Notes what stands behind a key, as in "reward imdb-sentiment"; UserError where a resume meets another."""
+        self._record("models", what, {"sha256": sha256}, what)
+
+    def _record(self, table: str, name: str, facts: Mapping[str, Any], words: str) -> None:
         file = self.path / "environment.json"
         about = json.loads(file.read_text(encoding="utf-8"))
-        known = about["data"].get(name)
-        if known and known["sha256"] != sha256:
+        known = about.setdefault(table, {}).get(name)
+        if known and known["sha256"] != facts["sha256"]:
             raise UserError(
-                f"data {name!r} is not what run {self.name!r} began with (sha256 "
-                f"{known['sha256'][:12]} then, {sha256[:12]} now); restore it, or start another --run"
+                f"{words} is not what run {self.name!r} began with (sha256 "
+                f"{known['sha256'][:12]} then, {facts['sha256'][:12]} now); restore it, or start another --run"
             )
-        about["data"][name] = {"sha256": sha256, "rows": rows}
+        about[table][name] = dict(facts)
         write_json(file, about)
 
     def record_skipped(self, data: str, rows: Iterable[tuple[str, str]]) -> None:

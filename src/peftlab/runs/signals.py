@@ -8,6 +8,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from .progress import Progress
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -48,4 +50,5 @@ class StopSignals:
             os._exit(128 + signum)
         self.request(signum)
         # os.write, since print inside a handler can meet its own buffer's lock.
+        Progress.open = False  # the message begins with the line's end
         os.write(2, b"\nstopping after this step, with a checkpoint; the same signal again leaves at once\n")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .atomic import read_rows
+from .checkpoint import CheckpointStore
 from .lock import is_locked
 
 
@@ -72,6 +73,26 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
         if group + inner:
             groups.append(group + sorted(inner, key=lambda run: str(run["started"])))
     return [run for group in sorted(groups, key=lambda group: str(group[0]["started"])) for run in group]
+
+
+def ended_runs(root: Path, recipe: str) -> list[tuple[Path, str]]:
+    """(folder, status) of the runs of `recipe` right below `root` that have ended, done or with work to go on from.
+
+    Oldest first. A run that ended before it logged a figure or wrote a checkpoint has nothing to go on from.
+    """
+    found = []
+    for file in root.glob("*/config.toml"):
+        run = outcome(file.parent)
+        stages = [inner.parent for inner in file.parent.glob("*/config.toml")]
+        going = run["status"] in ("stopped", "failed", "killed") and any(map(_has_work, [file.parent, *stages]))
+        if run["recipe"] == recipe and (going or run["status"] == "done"):
+            found.append((str(run["started"]), file.parent, str(run["status"])))
+    return [(folder, status) for _, folder, status in sorted(found)]
+
+
+def _has_work(folder: Path) -> bool:
+    logged = next(iter(read_rows(folder / "metrics.jsonl")), None)
+    return logged is not None or bool(CheckpointStore(folder / "checkpoints").steps())
 
 
 def find_run(root: Path, name: str) -> Path:

@@ -1,0 +1,258 @@
+"""What newcomers stumbled over: which run a resume takes, what a stop and a start say, what changed under a run."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import tiny
+from commands import peftlab
+
+from peftlab.config import Config, to_toml
+from peftlab.errors import Interrupted, LabError, UserError
+from peftlab.recipes.launch import free_name, launch
+from peftlab.runs.atomic import read_rows
+from peftlab.runs.progress import Progress, say
+from peftlab.runs.rundir import RunDir
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FLAT = "def same(prompts, completions, records):\n    return [0.1] * len(completions)\n"
+GOLD = "def gold(prompts, completions, records):\n    return [1.0 + record.label for record in records]\n"
+# Long enough to be stopped after its first step.
+LONG = {"sft": ["max_steps=9", "max_length=16"], "classify": ["max_steps=9"], "ppo": ["steps=3"]}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> dict[str, str]:
+    """The workshop, two classifiers, and rewards that teach nothing or ask for a label."""
+    root = tmp_path_factory.mktemp("newcomer")
+    shop = tiny.workshop(root) | {"root": str(root)}
+    for name, seed in (("reward", 1), ("judge", 2)):
+        launch("classify", None, tiny.overrides(shop, "classify", f"seed={seed}"), root / "runs", name)
+        shop[name] = str(root / "runs" / name)
+    (root / "my_flat.py").write_text(FLAT)
+    (root / "my_gold.py").write_text(GOLD)
+    return shop
+
+
+@pytest.fixture(autouse=True)
+def at_home(shop, monkeypatch) -> None:
+    """Rewards are looked up in the working directory."""
+    monkeypatch.chdir(shop["root"])
+
+
+def pairs(shop: dict[str, str], verb: str, *more: str) -> list[str]:
+    judges = ["reward={reward}", "judge={judge}"] if verb == "ppo" else []
+    return tiny.overrides(shop, verb, *(pair.format(**shop) for pair in [*judges, *LONG[verb], *more]))
+
+
+def stop(monkeypatch, verb: str, given: list[str], runs: Path, name: str | None = None) -> Interrupted:
+    """A run that a signal stops after its first step; what it raised."""
+    asked = itertools.count(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "stop_requested", property(lambda _: signal.SIGINT if next(asked) == 1 else None))
+        with pytest.raises(Interrupted) as caught:
+            launch(verb, None, given, runs, name)
+    return caught.value
+
+
+def test_a_bare_resume_takes_the_run_that_was_stopped(shop, tmp_path, monkeypatch, capsys):
+    """Not the folder that rejected data left behind it, before or after."""
+    good, bad = pairs(shop, "sft"), pairs(shop, "sft", "train_data=missing.jsonl")
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        launch("sft", None, bad, tmp_path)
+    with pytest.raises(UserError, match="no run of sft .* drop --resume"):
+        launch("sft", None, bad, tmp_path, resume=True)
+    stop(monkeypatch, "sft", good, tmp_path)
+    with pytest.raises(UserError, match=r"missing\.jsonl"):
+        launch("sft", None, bad, tmp_path)
+    capsys.readouterr()
+    summary = launch("sft", None, good, tmp_path, resume=True)
+    assert (summary["run"], summary["status"]) == ("sft-2", "done")
+    said = capsys.readouterr().err
+    assert said.startswith("sft-2: resuming this run\n") and "sft-2: goes on after step 1\n" in said
+    assert launch("sft", None, good, tmp_path, resume=True)["run"] == "sft-2"
+    assert capsys.readouterr().err == "sft-2: already done; nothing to resume\n"
+
+
+class Job(Config):
+    recipe: Literal["job"] = "job"
+    size: int = 0
+
+
+def ended(root: Path, name: str, config: Job, error: Exception | None) -> None:
+    run = RunDir.create(root, name, "job", to_toml(config))
+    if error is None:
+        with run.session():
+            run.finish({}, {})
+        return
+    with pytest.raises(type(error)), run.session():
+        run.log({"train/loss": 1.0}, 1)
+        raise error
+
+
+def test_the_newest_run_of_the_same_config_is_resumed_before_any_other(tmp_path):
+    stopped, failed = Interrupted(signal.SIGINT), LabError("nan")
+    ended(tmp_path, "a", Job(), stopped)
+    ended(tmp_path, "b", Job(), failed)
+    ended(tmp_path, "c", Job(), None)
+    ended(tmp_path, "d", Job(size=1), stopped)
+    ended(tmp_path, "e", Job(size=2), None)
+    assert free_name(tmp_path, "job", True, Job()) == "b"
+    assert free_name(tmp_path, "job", True, Job(size=1)) == "d"
+    assert free_name(tmp_path, "job", True, Job(size=2)) == "e", "done, which is then said"
+    assert free_name(tmp_path, "job", True, Job(size=3)) == "d", "refused with the keys that differ"
+    shutil.rmtree(tmp_path / "a")
+    assert (free_name(tmp_path, "a", False, Job()), free_name(tmp_path, "b", False, Job())) == ("a", "b-2")
+
+
+def test_a_stop_tells_the_command_that_continues(shop, tmp_path, monkeypatch):
+    """As it was typed, with the run's name: it is run as it stands."""
+    given = [*pairs(shop, "sft"), 'lora.targets=["c_attn", "c_fc"]']
+    told = str(stop(monkeypatch, "sft", given, tmp_path / "runs"))
+    first, command = told.splitlines()
+    assert first == "stopped by SIGINT; this continues the run:"
+    assert shlex.split(command) == ["peftlab", "sft", *given, "--run", "sft", "--resume"]
+    monkeypatch.chdir(tmp_path)
+    outcome = peftlab(command.replace("peftlab ", "", 1).replace("{", "{{").replace("}", "}}"))
+    assert outcome.code == 0 and "sft: done" in outcome.out
+
+
+def test_the_last_line_of_progress_ends_before_what_is_said(monkeypatch):
+    live = io.StringIO()
+    live.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", live)
+    progress = Progress(3)
+    progress.show(1, "loss 1")
+    say("peftlab: stopped")
+    say("and more")
+    assert live.getvalue().replace(" ", "").endswith("loss1\npeftlab:stopped\nandmore\n")
+    progress.show(2, "loss 1")
+    progress.show(3, "loss 1")
+    say("done")
+    assert live.getvalue().replace(" ", "").endswith("\rstep3/3loss1\ndone\n"), "one line's end is enough"
+
+
+START = """
+import io, sys
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), "torch" in sys.modules)
+        return len(text)
+sys.stderr = Terminal()
+sys.argv = ["peftlab", *%r]
+from peftlab import cli
+cli.main()
+"""
+
+
+def test_a_terminal_is_told_of_the_loading_before_it_begins():
+    words = ["sft", "model=./nowhere", "--dry-run", "--json"]
+    done = subprocess.run([sys.executable, "-c", START % words], capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert first == "loading ... False" and second.startswith("peftlab: model './nowhere'")
+    assert peftlab("sft model=./nowhere --dry-run").err.startswith("peftlab: "), "and nobody else is"
+
+
+def test_an_unknown_label_names_the_key_of_the_classes(shop, tmp_path):
+    rows = [{"text": "good", "label": "fair"}, {"text": "bad", "label": "bad"}]
+    bad = tiny.write_rows(tmp_path / "three.jsonl", rows)
+    with pytest.raises(UserError, match="`labels` in a classifier's config names the classes"):
+        launch("classify", None, pairs(shop, "classify", f"train_data={bad}"), tmp_path, "a")
+    keys = [f"train_data={bad}", f"eval_data={tiny.write_rows(tmp_path / 'same.jsonl', rows)}", "labels=bad,fair,good"]
+    summary = launch("classify", None, pairs(shop, "classify", *keys, "max_steps=1"), tmp_path, "b")
+    assert summary["status"] == "done"
+    assert json.loads((tmp_path / "b" / "adapter" / "stack.json").read_text())["labels"] == ["bad", "fair", "good"]
+
+
+def test_ppo_tells_its_own_reward_before_and_after(shop, tmp_path):
+    given = pairs(shop, "ppo", "steps=1")
+    prompts = tiny.write_rows(tmp_path / "p.jsonl", [{"prompt": "the film was", "label": n % 2} for n in range(8)])
+    given += [f"train_data={prompts}", f"eval_data={prompts}"]
+    summary = launch("ppo", None, [*given, "reward=my_gold:gold"], tmp_path, "gold")
+    labels = [1.0 + int(row["prompt_id"]) % 2 for row in read_rows(tmp_path / "gold" / "samples.jsonl")][:6]
+    for side in ("baseline", "metrics"):
+        assert summary[side]["eval/reward"] == pytest.approx(sum(labels) / 6), "a reward that no policy can move"
+    assert summary["intervals"]["eval/reward"][0] < summary["metrics"]["eval/reward"]
+    steered = launch("ppo", None, [*given, f"reward={shop['reward']} + my_gold:gold"], tmp_path, "both")
+    assert steered["metrics"]["eval/reward"] != steered["baseline"]["eval/reward"], "a classifier's is of the samples"
+
+
+def test_a_reward_that_cannot_read_the_evaluation_prompts_fails_before_training(shop, tmp_path):
+    labelled = tiny.write_rows(tmp_path / "p.jsonl", [{"prompt": "the film was", "label": n % 2} for n in range(8)])
+    given = pairs(shop, "ppo", "reward=my_gold:gold", f"train_data={labelled}")
+    with pytest.raises(TypeError):
+        launch("ppo", None, given, tmp_path, "gold")
+    assert not (tmp_path / "gold" / "metrics.jsonl").exists()
+
+
+def test_a_reward_that_is_always_the_same_is_warned_of_once(shop, tmp_path, capsys):
+    launch("ppo", None, pairs(shop, "ppo", "reward=my_flat:same"), tmp_path, "flat")
+    warned = [line for line in capsys.readouterr().err.splitlines() if "no difference to learn" in line]
+    assert len(warned) == 1 and "all 8 completions is 0.1" in warned[0]
+    events = [row for row in read_rows(tmp_path / "flat" / "events.jsonl") if row["kind"] == "reward_flat"]
+    assert [row["step"] for row in events] == [1]
+    launch("ppo", None, pairs(shop, "ppo", "steps=1"), tmp_path, "other")
+    assert "reward_flat" not in (tmp_path / "other" / "events.jsonl").read_text()
+
+
+# What a run stands on: the verb, the key that names it, and what takes its place under the same name.
+UNDER = {
+    "a base": ("sft", "model", "gpt2"),
+    "an adapter": ("sft", "model", "under"),
+    "an encoder": ("classify", "model", "encoder"),
+    "a classifier to compare": ("classify", "compare", "reward"),
+    "a teacher": ("classify", "teacher", "reward"),
+    "a reward": ("ppo", "reward", "reward"),
+    "a judge": ("ppo", "judge", "reward"),
+}
+
+
+@pytest.mark.parametrize("what", UNDER)
+def test_a_resume_refuses_what_changed_under_the_run(what, shop, tmp_path, monkeypatch):
+    verb, key, kind = UNDER[what]
+    place, other = tmp_path / "place", tmp_path / "other"
+    if kind == "under":
+        for folder, seed in ((place, 3), (other, 4)):
+            launch("sft", None, tiny.overrides(shop, "sft", f"seed={seed}"), tmp_path / "made", folder.name)
+            shutil.copytree(tmp_path / "made" / folder.name / "adapter", folder)
+    elif kind == "reward":
+        for folder, name in ((place, "reward"), (other, "judge")):
+            shutil.copytree(Path(shop[name]) / "adapter", folder)
+    else:
+        make = tiny.causal_folder if kind == "gpt2" else tiny.encoder_folder
+        make(place, seed=3), make(other, seed=4)
+    more = ["reward={judge}"] if what == "a judge" else []
+    given = pairs(shop, verb, *more, f"{key}={place}")
+    stop(monkeypatch, verb, given, tmp_path, "run")
+    known = json.loads((tmp_path / "run" / "environment.json").read_text())["models"]
+    assert f"{key} {place}" in known
+    before = {file.name: file.read_bytes() for file in place.iterdir() if file.is_file()}
+    shutil.copytree(other, place, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=rf"^{key} \S*place is not what run 'run' began with .* restore it"):
+        launch(verb, None, given, tmp_path, "run", resume=True)
+    for name, content in before.items():
+        (place / name).write_bytes(content)
+    assert launch(verb, None, given, tmp_path, "run", resume=True)["status"] == "done"
+
+
+def test_a_resume_refuses_another_reward_function(shop, tmp_path, monkeypatch):
+    file = Path(shop["root"]) / "my_changing.py"
+    file.write_text(FLAT)
+    given = pairs(shop, "ppo", "reward=my_changing:same")
+    stop(monkeypatch, "ppo", given, tmp_path, "run")
+    file.write_text(FLAT.replace("0.1", "0.2"))
+    with pytest.raises(UserError, match="reward my_changing:same is not what run 'run' began with"):
+        launch("ppo", None, given, tmp_path, "run", resume=True)
