@@ -152,6 +152,18 @@ def summaries(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def preferences(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Prompts of two to four words; the chosen answer has praise where the rejected one has blame."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        prompt, answer = " ".join(draw.choices(WORDS[:4], k=draw.randint(2, 4))), draw.choices(WORDS[10:15], k=3)
+        said = {side: " " + " ".join([*answer[: draw.randint(1, 3)], draw.choice(words)])
+                for side, words in (("chosen", ["good", "great"]), ("rejected", ["bad", "awful"]))}
+        rows.append({"id": f"p{number}", "prompt": prompt, **said})
+    return rows
+
+
 def documents(count: int, seed: int = 0) -> list[str]:
     """Texts of three to six sentences."""
     draw = random.Random(seed)
@@ -176,6 +188,8 @@ def workshop(folder: Path) -> dict[str, str]:
         "labelled_test": write_rows(folder / "labelled-test.jsonl", labelled[40:]),
         "texts": write_rows(folder / "texts.jsonl", texts[:40]),
         "texts_test": write_rows(folder / "texts-test.jsonl", texts[40:]),
+        "preferences": write_rows(folder / "preferences.jsonl", preferences(24)),
+        "preferences_test": write_rows(folder / "preferences-test.jsonl", preferences(8, seed=1)),
         "prompts": write_rows(folder / "prompts.jsonl", [{"prompt": row["text"]} for row in labelled[:40]]),
     }
 
@@ -192,6 +206,11 @@ def overrides(shop: Mapping[str, str], verb: str, *pairs: str) -> list[str]:
         "summarize": ["model={t5}", "train_data={summaries}", "eval_data={summaries_test}", "max_length=64",
                       "max_summary=12", "batch_size=4", "prefix_tokens=5", "prefix_hidden=16", "beams=2", "lora.r=4",
                       "lora.alpha=8", "lr=1e-2", "max_steps=2"],
+        "reward": ["model={gpt2}", "train_data={preferences}", "eval_data={preferences_test}", "max_length=64",
+                   "batch_size=4", "lora.r=4", "lora.alpha=8", "lr=1e-2", "max_steps=2"],
+        "dpo": ["model={gpt2}", "train_data={preferences}", "eval_data={preferences_test}", "prompts={prompts}",
+                "max_length=64", "max_new_tokens=8", "eval_prompts=6", "batch_size=4", "lora.r=4", "lora.alpha=8",
+                "lr=1e-2", "max_steps=2"],
         "ppo": ["model={gpt2}", "train_data={prompts}", "eval_data={prompts}", "max_new_tokens=8", "steps=2",
                 "prompts_per_step=8", "minibatch_size=4", "eval_prompts=6", "record_every=1", "lora.r=4",
                 "lora.alpha=8", "lr=1e-2"],

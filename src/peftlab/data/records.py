@@ -16,7 +16,9 @@ KINDS = ("sft", "classify", "summarize", "preferences", "prompts")
 LABELS = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
 ROLES = ("system", "user", "assistant")
 # Every field that some kind of row has, and that `columns` may map.
-FIELDS = ("id", "text", "label", "prompt", "completion", "messages", "document", "summary", "chosen", "rejected")
+FIELDS = (
+    "id", "text", "label", "prompt", "completion", "messages", "document", "summary", "chosen", "rejected", "margin"
+)
 # Bytes of a line or characters of a text: what reaches it is a file without line ends rather than a text to learn.
 LONGEST = 10_000_000
 # C0 and DEL without tab, newline and carriage return. C1 stays: thousands of web texts hold a stray one.
@@ -77,12 +79,14 @@ class SummaryPair:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to a prompt, one of them better."""
+    """Two answers to a prompt, one of them better: by `margin`, where that is known; `label`: of the prompt, if any."""
 
     id: str
     prompt: str
     chosen: str
     rejected: str
+    label: int | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -241,17 +245,34 @@ def _summarize(row: Mapping[str, Any], identity: str, _: Sequence[str] | None) -
     return SummaryPair(identity, _text(row, "document"), _text(row, "summary"))
 
 
-def _preferences(row: Mapping[str, Any], identity: str, _: Sequence[str] | None) -> Record:
-    pair = PreferencePair(identity, _text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))
-    if pair.chosen == pair.rejected:
+def _preferences(row: Mapping[str, Any], identity: str, labels: Sequence[str] | None) -> Record:
+    prompt, chosen, rejected = (_text(row, field) for field in ("prompt", "chosen", "rejected"))
+    if chosen == rejected:
         raise ValueError("rejected: the same as chosen, which prefers nothing")
-    return pair
+    return PreferencePair(identity, prompt, chosen, rejected, _label_if_given(row, labels), _margin(row))
+
+
+def _label_if_given(row: Mapping[str, Any], labels: Sequence[str] | None) -> int | None:
+    return None if row.get("label") in (None, "") else _label(row, labels)
+
+
+def _margin(row: Mapping[str, Any]) -> float | None:
+    """By how much chosen is better, if the row says; a CSV's number is text."""
+    given = row.get("margin")
+    if given in (None, ""):
+        return None
+    try:
+        margin = math.nan if isinstance(given, bool) or not isinstance(given, int | float | str) else float(given)
+    except (ValueError, OverflowError):
+        margin = math.nan
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin: expected a number of 0 or more, not {shown(given)}")
+    return margin
 
 
 def _prompts(row: Mapping[str, Any], identity: str, labels: Sequence[str] | None) -> Record:
     field = "text" if "text" in row and "prompt" not in row else "prompt"
-    label = None if row.get("label") in (None, "") else _label(row, labels)
-    return Prompt(identity, _text(row, field), label)
+    return Prompt(identity, _text(row, field), _label_if_given(row, labels))
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any], str, Sequence[str] | None], Record]] = {

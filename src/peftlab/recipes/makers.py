@@ -85,26 +85,17 @@ class Writer:
     def write(
         self, asked: Sequence[Sequence[Message]], openers: Sequence[Sequence[str]], ids: Sequence[str]
     ) -> list[list[str]]:
-        """For each conversation one text an opener, beginning with it. What is written depends on seed and id only.
-
-        Rows of similar length share a batch, the longest first: what does not fit into memory fails at once.
-        """
+        """For each conversation one text an opener, beginning with it. What is written depends on seed and id only."""
         places = [(row, number) for row, starts in enumerate(openers) for number in range(len(starts))]
         chats = [self._spell(turns) for turns in asked]
         prompts = self._encode([chats[row] + openers[row][number] for row, number in places])
-        jobs = [(ids, *place) for ids, place in zip(prompts, places, strict=True)]
-        jobs.sort(key=lambda job: (-len(job[0]), *job[1:]))
-        texts = [[""] * len(starts) for starts in openers]
+        seeds = [number_of(self.options.seed, ids[row], number) for row, number in places]
         decoding = Decoding(self.max_new_tokens, self.options.temperature)
-        size, progress, begun = self.options.batch_size, Progress(len(jobs)), time.monotonic()
-        for start in range(0, len(jobs), size):
-            batch = jobs[start : start + size]
-            seeds = [number_of(self.options.seed, ids[row], number) for _, row, number in batch]
-            samples = self.sampler.sample([job[0] for job in batch], seeds, decoding)
-            for (_, row, number), text in zip(batch, self.sampler.texts(samples), strict=True):
-                texts[row][number] = openers[row][number] + text
-            done = start + len(batch)
-            progress.show(done, f"texts written, {done / (time.monotonic() - begun):.0f} a second")
+        texts = [[""] * len(starts) for starts in openers]
+        for (row, number), text in zip(
+            places, sample_texts(self.sampler, prompts, seeds, decoding, self.options.batch_size), strict=True
+        ):
+            texts[row][number] = openers[row][number] + text
         return texts
 
     def _spell(self, turns: Sequence[Message]) -> str:
@@ -119,6 +110,26 @@ class Writer:
         rows: list[list[int]] = self.sampler.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         room = int(self.sampler.model.config.max_position_embeddings) - self.max_new_tokens
         return [ids[-room:] for ids in rows]
+
+
+def sample_texts(
+    sampler: Sampler, prompts: Sequence[list[int]], seeds: Sequence[int], decoding: Decoding, batch_size: int
+) -> list[str]:
+    """What the model writes behind each prompt, in their order, row i from seeds[i].
+
+    Rows of similar length share a batch, the longest first: what does not fit into memory fails at once.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    texts = [""] * len(prompts)
+    progress, begun = Progress(len(prompts)), time.monotonic()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        samples = sampler.sample([prompts[row] for row in rows], [seeds[row] for row in rows], decoding)
+        for row, text in zip(rows, sampler.texts(samples), strict=True):
+            texts[row] = text
+        done = start + len(rows)
+        progress.show(done, f"texts written, {done / (time.monotonic() - begun):.0f} a second")
+    return texts
 
 
 def few_shot(shots: Sequence[tuple[str, str]], question: str) -> list[Message]:

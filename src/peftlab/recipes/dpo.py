@@ -1,0 +1,178 @@
+"""DPO on a LoRA policy: learn from pairs of answers which one is preferred, without a reward model.
+
+The loss and its departures: docs/dpo.md. The pairs: `peftlab data preferences`, or a file of your own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ..data.records import PreferencePair
+from ..data.tokenize import encode
+from ..errors import LabError, UserError
+from ..evaluation.intervals import bootstrap_mean
+from ..models.adapters import Lora, Stack, load_stack, save_adapter, stack_over
+from ..models.classifier import TextClassifier
+from ..models.roles import POLICY, Roles
+from ..rewards.sentiment import class_of
+from ..runs.rundir import RunDir
+from ..training.arguments import TrainConfig, total_steps, training_arguments
+from ..training.dpo import (
+    Compared,
+    PairPolicy,
+    PairRow,
+    collate_pairs,
+    compare_rows,
+    first_pairs,
+    pair_length,
+    pair_row,
+)
+from ..training.trainer import LabTrainer
+from .before_after import before_after, prompt_batch
+from .common import load_recorded, load_rows, note_model, resume_point, seed_everything, trained_parameters
+
+
+class DpoConfig(TrainConfig):
+    """Every key of `peftlab dpo`. `batch_size` is in pairs."""
+
+    recipe: Literal["dpo"] = "dpo"
+    model: str = Field("tiny-gpt2", description="a base model, or an adapter (an SFT run's) that becomes the reference")
+    train_data: str = "preferences/preferences-train.jsonl"
+    eval_data: str = Field("preferences/preferences-test.jsonl", description="held-out pairs")
+    train_limit: int = Field(0, ge=0, description="pairs to train on, a seeded sample; 0 = all")
+    eval_limit: int = Field(500, ge=0)
+    max_length: int = Field(512, ge=8, description="tokens of a prompt with an answer; the prompt loses its oldest")
+    answers_end: bool = Field(True, description="an EOS ends each answer; false for answers cut at a length")
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to its reference")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs expected to be the wrong way round")
+    prompts: str = Field("imdb:prompts", description="prompts of the evaluation before and after")
+    eval_prompts: int = Field(256, ge=1)
+    prompt_tokens: tuple[int, int] = (2, 8)
+    max_new_tokens: int = Field(24, ge=1)
+    want: Literal["positive", "negative"] = Field("positive", description="the sentiment that the judge looks for")
+    judge: str = Field("imdb-judge", description="classifier of the evaluation; never what made the pairs")
+    lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing:
+            same = self.beta / (1 - 2 * self.label_smoothing)
+            raise ValueError(f"label_smoothing: only rescales beta where loss is ipo; use beta={same:.4g} instead")
+        if self.lora.dropout:
+            raise ValueError("lora.dropout: never acts in dpo, whose policy starts as its reference; leave it 0")
+        return self
+
+
+CONFIG = DpoConfig
+
+
+def run(config: DpoConfig, run: RunDir) -> dict[str, Any]:
+    """Train, measure held-out pairs and prompts before and after, and write the run directory."""
+    with run.session():
+        if run.finished:
+            return run.summary or {}
+        seed_everything(config.seed)
+        roles, under = _roles(config)
+        note_model(run, "model", config.model, under.fingerprint)
+        tokenizer = roles.tokenizer
+        base_hash = roles.frozen_hash()
+        train = load_recorded(run, config, "train", "preferences").records
+        held_out = load_recorded(run, config, "eval", "preferences").records
+        rows, test = rows_of(train, tokenizer, config), rows_of(held_out, tokenizer, config)
+        # Loaded before training, so that a judge or data that is not there costs seconds.
+        prompts = prompt_batch(
+            run, config.prompts, tokenizer, config.prompt_tokens, config.seed, config.eval_prompts
+        )
+        judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
+        class_of(judge, config.want)
+        note_model(run, "judge", config.judge)
+
+        policy = PairPolicy(roles, config.loss, config.beta, config.label_smoothing)
+        # The adapter is fresh, on a resume too: it gets the checkpoint's weights in `fit`.
+        first = first_pairs(policy, rows[: config.batch_size], tokenizer.pad_token_id)
+        before = _figures(compare_rows(policy, test, tokenizer.pad_token_id), config)
+        checkpoint = resume_point(run)
+        if checkpoint is None:
+            size = {"data/rows": len(rows), "data/tokens": _tokens(rows)}
+            run.log(first.metrics() | before | size, 0)
+        first.check()
+        trainer = LabTrainer(
+            policy,
+            training_arguments(config, len(rows)),
+            rows,
+            [pair_length(row) for row in rows],
+            lambda batch: collate_pairs(batch, tokenizer.pad_token_id),
+            run.checkpoints,
+            lambda metrics, step: run.log({**metrics, **policy.drain()}, step),
+            lambda: run.stop_requested,
+        )
+        trainer.fit(checkpoint)
+        if roles.frozen_hash() != base_hash:
+            raise LabError("the frozen base changed during training; its adapter was not saved")
+        compared = compare_rows(policy, test, tokenizer.pad_token_id)
+        after = _figures(compared, config)
+        run.log(after, trainer.state.global_step)
+        stack = stack_over(config.model, under, tokenizer, recipe="dpo", want=config.want)
+        save_adapter(roles.model, POLICY, run.path / "adapter", stack)
+        sides = before_after(run, roles, prompts, judge, config.want, config.max_new_tokens, config.seed)
+        of_prompt = np.array([record.prompt for record in held_out])
+        intervals = {"eval/pair_accuracy": bootstrap_mean(compared.wins().numpy(), of_prompt), **sides.intervals}
+        artifacts = {"adapter": "adapter", "samples": "samples.jsonl"}
+        return run.finish(after | sides.metrics | first.metrics(), before | sides.baseline, intervals, artifacts)
+
+
+def plan(config: DpoConfig) -> dict[str, Any]:
+    """Sizes of the job, nothing trained."""
+    roles, under = _roles(config)
+    rows = rows_of(load_rows(config, "train", "preferences").records, roles.tokenizer, config)
+    longest = max(max(len(row["chosen"]), len(row["rejected"])) for row in rows)
+    sizes = roles.bytes_per_role()
+    return {
+        "base": under.base,
+        "rows": len(rows),
+        "tokens": _tokens(rows),
+        "steps": total_steps(config, len(rows)),
+        "trained parameters": trained_parameters(roles.model),
+        "bytes": {role: sizes[role] for role in ("base", "policy", "sampler")},
+        "bytes of one batch's logits": 2 * config.batch_size * longest * roles.model.config.vocab_size * 4,
+    }
+
+
+def rows_of(records: list[PreferencePair], tokenizer: Any, config: DpoConfig) -> list[PairRow]:
+    """Token ids of each pair. Prompt and answers are encoded apart, as they are when the policy samples."""
+    prompts, chosen, rejected = (
+        encode([getattr(record, field) for record in records], tokenizer) for field in ("prompt", "chosen", "rejected")
+    )
+    end = [tokenizer.eos_token_id] if config.answers_end else []
+    return [
+        pair_row(prompt, [*better, *end], [*worse, *end], config.max_length)
+        for prompt, better, worse in zip(prompts, chosen, rejected, strict=True)
+    ]
+
+
+def _roles(config: DpoConfig) -> tuple[Roles, Stack]:
+    backbone, under = load_stack(config.model, device=config.device)
+    if under.kind != "causal":
+        raise UserError(f"model {config.model}: a {under.kind}; dpo needs a causal language model or its adapter")
+    context = backbone.model.config.max_position_embeddings
+    if config.max_length > context:
+        raise UserError(f"max_length: {config.max_length} exceeds the context of {config.model}, {context} tokens")
+    if config.prompt_tokens[1] + config.max_new_tokens > context:
+        raise UserError(
+            f"max_new_tokens: prompts of up to {config.prompt_tokens[1]} tokens and {config.max_new_tokens} new ones "
+            f"exceed the context of {config.model}, {context} tokens"
+        )
+    return Roles(backbone, config.lora), under
+
+
+def _figures(compared: Compared, config: DpoConfig) -> dict[str, float]:
+    return {f"eval/{name}": value for name, value in compared.figures(config.beta).items()}
+
+
+def _tokens(rows: list[PairRow]) -> int:
+    """Tokens that the model reads of the rows: each prompt twice, with either answer."""
+    return sum(2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in rows)
