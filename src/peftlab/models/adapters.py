@@ -3,11 +3,12 @@
 An adapter folder is a plain PEFT adapter (adapter_config.json, adapter_model.safetensors) plus `stack.json`, which
 names its base and the adapters that lie merged under it (copied to `under/0`, `under/1` ...), plus `manifest.json`
 with the sha256 of every file. The lab's own T5 prefix is no PEFT adapter: its weights are `prefix.safetensors`, and its
-adapter_config.json has a `peft_type` that PEFT refuses.
+adapter_config.json has a `peft_type` that PEFT refuses. A reward model's folder is laid out by models/reward_model.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -24,13 +25,13 @@ from torch import Tensor, nn
 from ..config import Config
 from ..data.tokenize import PLAIN_CHAT
 from ..errors import UserError
-from ..runs.checkpoint import verify_manifest, write_manifest
+from ..runs.checkpoint import MANIFEST, verify_manifest, write_manifest
 from .backbone import Backbone, load_backbone, trunk
 from .catalog import resolve
 from .prefix import PREFIX_TYPE, PREFIX_WEIGHTS, attach_prefix, own_prefix, prefix_shapes, write_prefix
 
-Kind = Literal["causal", "classifier", "seq2seq"]
-# PEFT's name of each kind.
+Kind = Literal["causal", "classifier", "seq2seq", "reward"]
+# PEFT's name of each kind; a reward model's LoRA is one of a causal model.
 TASK_TYPES: dict[Kind, str] = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
@@ -175,21 +176,32 @@ def save_adapter(model: Any, name: str, folder: Path, stack: Stack, dtype: str =
 
     The lab's own prefix (`model.prefix`) is written in its own format.
     """
+    if own := own_prefix(model):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_prefix(own, folder, stack.base, getattr(torch, dtype))
+    else:
+        write_peft(model, name, folder, stack.base, dtype)
+    return write_stack(folder, stack)
+
+
+def write_peft(model: Any, name: str, folder: Path, base: str, dtype: str = "float32") -> None:
+    """Weights and adapter_config.json of adapter `name`, as PEFT reads them: a folder not yet told of its stack."""
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    if own := own_prefix(model):
-        write_prefix(own, folder, stack.base, getattr(torch, dtype))
-    else:
-        tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        stored = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in tensors.items()}
-        save_file(stored, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
-        config = model.peft_config[name]
-        config.base_model_name_or_path = stack.base
-        was, config.inference_mode = config.inference_mode, True
-        config.save_pretrained(str(folder))
-        config.inference_mode = was
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    stored = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in tensors.items()}
+    save_file(stored, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+    config = model.peft_config[name]
+    config.base_model_name_or_path = base
+    was, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = was
+
+
+def write_stack(folder: Path, stack: Stack) -> Path:
+    """Copies of the adapters below, stack.json, and last the manifest of all that lies in `folder`."""
     for index, under in enumerate(stack.under):
         shutil.copytree(under, folder / "under" / str(index), dirs_exist_ok=True)
     facts = {"kind": stack.kind, "base": stack.base, "fingerprint": stack.fingerprint, **stack.extra}
@@ -218,6 +230,30 @@ def read_stack(folder: Path) -> Stack:
         raise UserError(f"adapter {folder}: {name} is damaged ({error}); restore it or train again") from None
 
 
+def adapter_hash(name: str) -> str:
+    """sha256 over the weights and JSON files of an adapter, those under it included; empty for a base model.
+
+    stack.json tells the fingerprint of the adapter's base, which loading compares, so this one stands for both.
+    """
+    entry = resolve(name)
+    if entry.kind != "adapter":
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(Path(entry.path).rglob("*")):
+        if file.suffix in (".safetensors", ".json") and file.name != MANIFEST:
+            digest.update(f"{file.relative_to(entry.path).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def same_ground(one: Stack, other: Stack) -> bool:
+    """Whether two adapters stand on the same weights: one base, and below them adapters of the same bytes."""
+    known = one.base == other.base and one.fingerprint == other.fingerprint and len(one.under) == len(other.under)
+    pairs = zip(one.under, other.under, strict=False)
+    files = (PEFT_WEIGHTS, "adapter_config.json")
+    return known and all((a / file).read_bytes() == (b / file).read_bytes() for a, b in pairs for file in files)
+
+
 def kind_of(name: str) -> str:
     """What a name or folder is by its job: that of its stack for an adapter, else the model's own kind."""
     entry = resolve(name)
@@ -234,16 +270,16 @@ def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> 
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     stack = read_stack(folder)
-    if stack.fingerprint and fingerprint and stack.fingerprint != fingerprint:
-        raise UserError(f"adapter {folder}: its {stack.base} is another one ({stack.fingerprint}, not {fingerprint})")
+    if fingerprint:
+        check_base(folder, stack, fingerprint)
     about = _peft_config(folder)
     if about.get("peft_type") == PREFIX_TYPE:
         return _load_own_prefix(model, folder, about)
-    tensors = _read_weights(folder / PEFT_WEIGHTS)
+    tensors = read_weights(folder / PEFT_WEIGHTS)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = config.is_prompt_learning  # True: a prefix as it was saved, without the MLP that made it
     model = _wrap(model, config, name, stack.base)
-    _check_tensors(folder, tensors, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    check_tensors(folder, tensors, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     set_peft_model_state_dict(model, tensors, adapter_name=name)
     for parameter in adapter_parameters(model, name).values():
         parameter.requires_grad_(False)
@@ -261,26 +297,45 @@ def load_stack(
     """
     entry = resolve(name)
     if entry.kind != "adapter":
-        kind: Kind = "seq2seq" if entry.kind == "seq2seq" else "causal"
+        kind: Literal["causal", "seq2seq"] = "seq2seq" if entry.kind == "seq2seq" else "causal"
         backbone = load_backbone(name, kind, device=device, dtype=dtype)
         facts = getattr(backbone.model.config, "peftlab", {})
         return backbone, Stack(kind, name, backbone.fingerprint, extra=facts if isinstance(facts, Mapping) else {})
     folder = Path(entry.path)
     stack = read_stack(folder)
-    labels = stack.extra.get("labels", [0, 1])
-    if not isinstance(labels, list):
-        raise UserError(f"adapter {folder}: stack.json says labels {labels!r}; it is a list of names")
-    base = load_backbone(stack.base, stack.kind, device=device, num_labels=len(labels))
-    model = base.model
-    for under in stack.under:
-        model = load_adapter(model, under, "under", base.fingerprint).merge_and_unload()
-    model = load_adapter(model, folder, "policy", base.fingerprint)
+    if stack.kind == "reward":
+        raise UserError(f"{name}: is a reward model, which scores answers; try `peftlab predict {name} --input FILE`")
+    base = load_under(folder, stack, device)
+    model = load_adapter(base.model, folder, "policy", base.fingerprint)
     if merge and lora_layers(model):
         model = model.merge_and_unload()
     model = model.to(getattr(torch, dtype)).requires_grad_(False).eval()
+    return Backbone(name, model, base.tokenizer, base.fingerprint), stack
+
+
+def load_under(folder: Path, stack: Stack, device: str = "auto") -> Backbone:
+    """What the adapter in `folder` stands on: its base in float32, with the adapters under it merged.
+
+    Raises UserError where the base of that name is not the one that the adapter was trained on.
+    """
+    labels = stack.extra.get("labels", [0, 1])
+    if not isinstance(labels, list):
+        raise UserError(f"adapter {folder}: stack.json says labels {labels!r}; it is a list of names")
+    task = "causal" if stack.kind == "reward" else stack.kind
+    base = load_backbone(stack.base, task, device=device, num_labels=len(labels))
+    check_base(folder, stack, base.fingerprint)
+    model = base.model
+    for under in stack.under:
+        model = load_adapter(model, under, "under", base.fingerprint).merge_and_unload()
     if stack.extra.get("chat_template") == "plain":
         base.tokenizer.chat_template = PLAIN_CHAT
-    return Backbone(name, model, base.tokenizer, base.fingerprint), stack
+    return Backbone(base.name, model.requires_grad_(False).eval(), base.tokenizer, base.fingerprint)
+
+
+def check_base(folder: Path, stack: Stack, fingerprint: str) -> None:
+    """UserError where the adapter in `folder` was trained on another base than the one of this fingerprint."""
+    if stack.fingerprint and stack.fingerprint != fingerprint:
+        raise UserError(f"adapter {folder}: its {stack.base} is another one ({stack.fingerprint}, not {fingerprint})")
 
 
 def _verify(folder: Path) -> None:
@@ -298,7 +353,8 @@ def _peft_config(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of an adapter's folder. UserError where it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -313,11 +369,11 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 def _load_own_prefix(model: Any, folder: Path, about: Mapping[str, Any]) -> Any:
     """Give `model` the prefix in `folder`; a T5 has one at a time."""
-    tensors, length = _read_weights(folder / PREFIX_WEIGHTS), about.get("num_virtual_tokens")
+    tensors, length = read_weights(folder / PREFIX_WEIGHTS), about.get("num_virtual_tokens")
     if not isinstance(length, int):
         raise UserError(f"adapter {folder}: adapter_config.json says num_virtual_tokens {length!r}; restore the folder")
     shapes = prefix_shapes(model, length)
-    _check_tensors(folder, tensors, {kind: torch.empty(shape, device="meta") for kind, shape in shapes.items()})
+    check_tensors(folder, tensors, {kind: torch.empty(shape, device="meta") for kind, shape in shapes.items()})
     device = next(model.parameters()).device
     attach_prefix(model, {kind: value.to(device) for kind, value in tensors.items()}).requires_grad_(False)
     return model.eval()
@@ -338,7 +394,8 @@ def _wrap(model: Any, config: Any, name: str, base: str) -> Any:
     return model.eval()
 
 
-def _check_tensors(folder: Path, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_tensors(folder: Path, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """UserError naming the first tensor that is missing, unknown, of another shape or not finite."""
     missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has the unknown tensor {extra[0]}"

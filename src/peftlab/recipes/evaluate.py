@@ -1,4 +1,4 @@
-"""`peftlab eval`: how good is a classifier, a language model or a summarizer on held-out data?"""
+"""`peftlab eval`: how good is a classifier, a language model, a summarizer or a reward model on held-out data?"""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from ..data.tokenize import document_ids, pack
 from ..errors import UserError
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..evaluation.explanations import evaluate_explanations
+from ..evaluation.pairs import ScoredPairs, longer_wins, pair_intervals, pair_metrics
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
 from ..evaluation.summaries import SummaryFormat, score_summaries, summarize
 from ..models.adapters import kind_of, load_stack
 from ..models.backbone import Backbone
 from ..models.classifier import TextClassifier, own_labels
+from ..models.reward_model import RewardModel
 from ..sampling.sampler import Sampler
 
 DATA = {"seq2seq": "imdb-gist:test"}
@@ -30,7 +32,9 @@ def evaluate(name: str, data: str | None, limit: int | None, device: str, column
     Without `data` it is the lab's test block, as its kind needs it; `columns` maps fields to columns of the user's.
     """
     kind = kind_of(name)
-    measure = {"classifier": _classifier, "seq2seq": _summarizer}.get(kind, _language_model)
+    measure = {"classifier": _classifier, "seq2seq": _summarizer, "reward": _reward_model}.get(kind, _language_model)
+    if data is None and kind == "reward":
+        raise UserError(f"eval: {name} is a reward model; give --data, rows of `prompt`, `chosen` and `rejected`")
     data = data or DATA.get(kind, "imdb:test")
     return {"model": name, "data": data, **measure(name, data, limit, device, columns)}
 
@@ -62,6 +66,18 @@ def _summarizer(name: str, data: str, limit: int | None, device: str, columns: C
         "sha256": records.sha256,
         "metrics": scored.metrics,
         "intervals": scored.intervals,
+    }
+
+
+def _reward_model(name: str, data: str, limit: int | None, device: str, columns: Columns) -> dict[str, Any]:
+    """Which of two answers it prefers, against the data."""
+    records = load_records(data, "preferences", limit, columns=columns)
+    pairs = ScoredPairs.of(RewardModel.load(name, device), records.records)
+    return {
+        "rows": len(records.records),
+        "sha256": records.sha256,
+        "metrics": pair_metrics(pairs) | {"compare/pair_accuracy_longer": longer_wins(pairs)},
+        "intervals": pair_intervals(pairs),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from ..errors import UserError
 from ..evaluation.summaries import SummaryFormat, summarize
 from ..models.adapters import kind_of, load_stack
 from ..models.classifier import TextClassifier
+from ..models.reward_model import RewardModel
 from ..runs.atomic import write_rows
 from ..sampling.sampler import Decoding
 from .tools import load_sampler
 
-FIELDS = ("text", "prompt", "document")  # the first that a row has is its input
+# What is read of a row: the first of these fields that it has.
+INPUT = {"text": ("text", "prompt", "document")}
+ANSWER = {"prompt": ("prompt",), "completion": ("completion",)}  # for a reward model
 
 
 def predict(adapter: str, text: str | None, source: Path | None, output: Path | None, device: str) -> None:
@@ -23,8 +27,12 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
         raise UserError("predict: give either --text or --input")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-    rows = [{"id": 0, "text": text}] if text is not None else _read(source)  # type: ignore[arg-type]
-    verb = {"classifier": _classify, "seq2seq": _summarize}.get(kind_of(adapter), _continue)
+    kind = kind_of(adapter)
+    if kind == "reward" and source is None:
+        raise UserError(f"predict: {adapter} scores an answer to a prompt; give --input with `prompt` and `completion`")
+    wanted = ANSWER if kind == "reward" else INPUT
+    rows = [{"id": 0, "text": text}] if source is None else _read(source, wanted)
+    verb = {"classifier": _classify, "seq2seq": _summarize, "reward": _score}.get(kind, _continue)
     answers = verb(adapter, rows, device)
     if output is not None:
         write_rows(output, answers)
@@ -66,8 +74,14 @@ def _summarize(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[
     return [{"id": row["id"], "text": text} for row, text in zip(rows, texts, strict=True)]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Rows with an id and a text; every bad line is named."""
+def _score(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """Rewards, of mean 0 and variance 1 over the answers that the model was trained on."""
+    scores = RewardModel.load(name, device).scores([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    return [{"id": row["id"], "score": score} for row, score in zip(rows, scores.tolist(), strict=True)]
+
+
+def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Rows with an id and what is `wanted` of them, strings; every bad line is named."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -82,10 +96,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not valid JSON: {error.msg}") from None
-        fields = [row[name] for name in FIELDS if name in row] if isinstance(row, dict) else []
-        if not fields or not isinstance(text := fields[0], str):
-            raise UserError(f"{path}:{number}: expected an object with a string `text` (or `prompt`, or `document`)")
-        rows.append({"id": row.get("id", len(rows)), "text": text})
+        given = row if isinstance(row, dict) else {}
+        found = {name: next((given[f] for f in fields if f in given), None) for name, fields in wanted.items()}
+        if not all(isinstance(value, str) for value in found.values()):
+            told = " and ".join(map(_alternatives, wanted.values()))
+            raise UserError(f"{path}:{number}: expected an object with a string {told}")
+        rows.append({"id": given.get("id", len(rows)), **found})
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows
+
+
+def _alternatives(fields: tuple[str, ...]) -> str:
+    """`text` (or `prompt`, or `document`)"""
+    first, *others = (f"`{field}`" for field in fields)
+    return f"{first} ({', '.join(f'or {other}' for other in others)})" if others else first

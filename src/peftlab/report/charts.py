@@ -29,7 +29,13 @@ _GROUPS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
             ("", ("eval/perplexity",)),
             ("", ("eval/ece",)),
             ("ROUGE", ("eval/rouge1", "eval/rouge2", "eval/rougeL")),
-            ("", ("eval/pair_accuracy",)),
+            ("Explanations by the rubric", ("rubric/label", "rubric/evidence", "rubric/all")),
+            ("Their form", ("rubric/explained", "rubric/length", "rubric/repetition", "rubric/ended")),
+            ("Accuracy on pairs", ("eval/pair_accuracy", "eval/ood_pair_accuracy")),
+            ("Pairs by margin", tuple(f"eval/pair_accuracy_margin_{third}" for third in ("low", "middle", "high"))),
+            ("Pairs by length", tuple(f"eval/pair_accuracy_length_{third}" for third in ("low", "middle", "high"))),
+            ("Agreement with the rubric", ("agreement/*",)),
+            ("", ("eval/length_correlation",)),
             ("", ("eval/perplexity_ratio",)),
         ],
     ),
@@ -134,7 +140,7 @@ def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Consta
 def _is_constant(name: str, points: Points) -> bool:
     """Whether one number says it all: an unchanging metric, or a size that is logged once."""
     values = {value for _, value in points}
-    once = name.startswith(("data/", "eval/temperature"))
+    once = name.startswith(("data/", "compare/", "eval/temperature"))
     return (len(points) > 1 or once) and len(values) == 1 and None not in values
 
 

@@ -32,20 +32,28 @@ def classifier_of(path: Path) -> ClassifierView | None:
         tables: Any = json.loads((path / "classifier.json").read_text(encoding="utf-8"))
         labels = [str(label) for label in tables["labels"]]
         counts = [[int(count) for count in row] for row in tables["confusion"]]
-        bins = [{key: float(row[key]) for key in ("low", "high", "rows", "confidence", "accuracy")}
-                for row in tables["reliability"]]
+        bins = bins_of(tables["reliability"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     rows = []
     for index, (label, row) in enumerate(zip(labels, counts, strict=False)):
         total = max(1, sum(row))
         rows.append((label, [(f"{n:,}", f"{100 * n / total:.1f}%", at == index) for at, n in enumerate(row)]))
-    table = [
+    return ClassifierView(labels, rows, reliability_chart(bins), bin_rows(bins))
+
+
+def bins_of(table: Any) -> list[dict[str, float]]:
+    """The bins of a reliability diagram, as a run's file lists them. ValueError, KeyError or TypeError for no such."""
+    return [{key: float(row[key]) for key in ("low", "high", "rows", "confidence", "accuracy")} for row in table]
+
+
+def bin_rows(bins: list[dict[str, float]]) -> list[tuple[str, str, str, str]]:
+    """A bin's edges, rows, mean confidence and accuracy, for a table."""
+    return [
         (f"{b['low']:.2f} to {b['high']:.2f}", f"{b['rows']:.0f}", text.number(as_number(b["confidence"])),
          text.number(as_number(b["accuracy"])))
         for b in bins
     ]
-    return ClassifierView(labels, rows, reliability_chart(bins), table)
 
 
 def reliability_chart(bins: list[dict[str, float]]) -> Markup:

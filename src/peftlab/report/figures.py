@@ -14,8 +14,8 @@ from .read import RunFiles, as_number
 _HEADLINE = {
     "classify": ("eval/accuracy", "eval/f1", "eval/ece"),
     "pretrain": ("eval/perplexity",),
-    "sft": ("eval/perplexity",),
-    "summarize": ("eval/rougeL", "eval/rouge1", "eval/rouge2"),
+    "sft": ("rubric/label", "rubric/evidence", "eval/perplexity"),
+    "summarize": ("eval/rougeL", "compare/rougeL", "eval/rouge1", "eval/rouge2"),
     "reward": ("eval/pair_accuracy", "eval/ece"),
 }
 _HEADLINE_RL = ("eval/judge", "eval/kl", "eval/perplexity_ratio", "eval/distinct_2")

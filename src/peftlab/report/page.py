@@ -15,6 +15,7 @@ from markupsafe import Markup
 from ..runs.atomic import write_text
 from . import text
 from .samples import TOKEN_COLUMNS
+from .svg import swatch
 from .view import view_run
 
 SHOWN_SAMPLES = 6
@@ -33,7 +34,11 @@ _TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.globals.update(
-    visible=text.visible, sentence=text.sentence, token_columns=TOKEN_COLUMNS, shown_samples=SHOWN_SAMPLES
+    visible=text.visible,
+    sentence=text.sentence,
+    swatch=swatch,
+    token_columns=TOKEN_COLUMNS,
+    shown_samples=SHOWN_SAMPLES,
 )
 
 

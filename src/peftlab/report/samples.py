@@ -9,6 +9,7 @@ from . import text
 from .read import Row, as_number
 
 MOST_TOKENS = 256
+OPENING = 240  # characters of a long prompt that show before it is unfolded
 TOKEN_COLUMNS = ("logprob", "ref_logprob", "kl", "value", "reward", "advantage")
 _SIGNED = frozenset({"kl", "reward", "advantage"})
 
@@ -28,6 +29,16 @@ class Pair:
 
     prompt: str
     sides: list[Side]
+
+    @property
+    def apart(self) -> bool:
+        """Whether the prompt stands above its answers, once: they do not continue its line, as a story's would."""
+        return "\n" in self.prompt
+
+    @property
+    def opening(self) -> str:
+        """The beginning of a prompt too long to stand unfolded; empty for others."""
+        return f"{self.prompt[:OPENING]} …" if len(self.prompt) > 2 * OPENING else ""
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,23 @@ _TITLES = {
     "eval/judge": "Independent judge",
     "eval/kl": "KL to the reference",
     "eval/perplexity_ratio": "Perplexity ratio under SFT",
+    "compare/accuracy": "Accuracy of the one compared with",
     "eval/rouge1": "ROUGE-1",
     "eval/rouge2": "ROUGE-2",
     "eval/rougeL": "ROUGE-L",
+    "compare/pair_accuracy_longer": "Pair accuracy of the longer answer",
+    "compare/pair_accuracy_member": "Pair accuracy of a single member",
+    "eval/ood_pair_accuracy": "Pair accuracy on another policy's",
+    "compare/rouge1": "ROUGE-1 of the first sentence",
+    "compare/rouge2": "ROUGE-2 of the first sentence",
+    "compare/rougeL": "ROUGE-L of the first sentence",
+    "rubric/label": "True label stated",
+    "rubric/explained": "A reason given",
+    "rubric/evidence": "Review cited",
+    "rubric/length": "Length in bounds",
+    "rubric/repetition": "Nothing said twice",
+    "rubric/ended": "Last sentence whole",
+    "rubric/all": "Every part full",
     "eval/distinct_1": "Distinct words",
     "eval/distinct_2": "Distinct word pairs",
     "eval/self_bleu_4": "Self-BLEU-4",
@@ -155,6 +169,8 @@ def title(name: str) -> str:
     words = last.removesuffix("_s").replace("_", " ")
     if group == "reward/part":
         return f"Reward part: {words}"
+    if group == "agreement":
+        return f"Agreement with {words}"
     return (
         f"{group} {words}".capitalize() if group in ("policy", "value", "advantage") else words.capitalize()
     )

@@ -12,6 +12,7 @@ from .charts import Chart, Constant, charts_of
 from .classifier import ClassifierView, classifier_of
 from .figures import Check, Figure, checks_of, figures_of, headline
 from .read import RunFiles, as_number, read_run, stage_folders
+from .reward import RewardView, reward_of
 from .samples import Pair, Rollout, pairs_of, rollout_of
 
 _WHAT = {
@@ -22,6 +23,7 @@ _WHAT = {
     "summarize": "An adapter learns to summarize. The base stays frozen.",
     "reward": "A LoRA adapter and a scalar head learn which of two answers is preferred.",
     "dpo": "A LoRA policy learns from pairs of answers, held near its frozen reference.",
+    "explanations": "A LoRA adapter learns to say whether a review is positive, and to cite it. The base stays frozen.",
     "ppo": "A LoRA policy learns from a reward by PPO, held near its frozen reference by a KL penalty.",
     "rloo": "A LoRA policy learns from a reward by RLOO, held near its frozen reference by a KL penalty.",
 }
@@ -37,10 +39,14 @@ _NOT_ENVIRONMENT = frozenset({"data", "schema_version", "run", "recipe", "starte
 
 @dataclass(frozen=True)
 class RunView:
-    """One run's section. `slug` begins its anchors; `share` is its part of the demo's time, in percent."""
+    """One run's section. `slug` begins its anchors; `share` is its part of the demo's time, in percent.
+
+    `title` is the recipe, or the name of a demo's stage, of which two may be of one recipe.
+    """
 
     slug: str
     name: str
+    title: str
     recipe: str
     what: str
     status: str
@@ -56,6 +62,7 @@ class RunView:
     chart_groups: list[tuple[str, list[Chart]]]
     constants: list[Constant]
     classifier: ClassifierView | None
+    reward: RewardView | None
     pairs: list[Pair]
     other_samples: list[list[tuple[str, str]]]
     sample_rows: int
@@ -74,6 +81,7 @@ class RunView:
             ("figures", "Before and after", self.figures or self.checks),
             ("curves", "Curves", self.chart_groups),
             ("classifier", "Right and wrong", self.classifier),
+            ("reward", "The reward", self.reward),
             ("samples", "Samples", self.pairs or self.other_samples),
             ("rollouts", "Token by token", self.rollouts),
             ("details", "Settings and provenance", True),
@@ -86,7 +94,8 @@ def view_run(path: Path, whole: float | None = None) -> RunView:
     run = read_run(path)
     seconds = as_number(run.table("time").get("wall_s"))
     stages = [view_run(folder, seconds) for folder in stage_folders(path)]
-    status = str(run.summary["status"])
+    status, recipe = str(run.summary["status"]), str(run.summary["recipe"])
+    title = run.name.partition("/")[2] or recipe
     sign, status_text = _STATUS.get(status, ("?", status))
     figures = figures_of(run)
     chart_groups, constants = charts_of(run)
@@ -94,8 +103,9 @@ def view_run(path: Path, whole: float | None = None) -> RunView:
     return RunView(
         slug="".join(char if char.isascii() and char.isalnum() else "-" for char in run.name),
         name=run.name,
-        recipe=str(run.summary["recipe"]),
-        what=_WHAT.get(str(run.summary["recipe"]), ""),
+        title=title,
+        recipe=recipe,
+        what=_WHAT.get(title, _WHAT.get(recipe, "")),
         status=status,
         status_sign=sign,
         status_text=status_text,
@@ -109,6 +119,7 @@ def view_run(path: Path, whole: float | None = None) -> RunView:
         chart_groups=chart_groups,
         constants=constants,
         classifier=classifier_of(path),
+        reward=reward_of(path),
         pairs=pairs,
         other_samples=others,
         sample_rows=run.sample_rows,

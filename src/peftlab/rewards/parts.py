@@ -98,19 +98,19 @@ def user_function(path: str) -> RewardFunction:
     """`module:function`, looked up on the import path and in the working directory. Raises UserError."""
     module_name, _, function_name = path.partition(":")
     if not (module_name and function_name):
-        raise UserError(f"reward_function {path!r}: expected module:function, for example my_rewards:politeness")
+        raise UserError(f"reward {path!r}: expected module:function, for example my_rewards:politeness")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"reward_function {path!r}: no module {error.name!r} in {Path.cwd()} or installed") from None
+        raise UserError(f"reward {path!r}: no module {error.name!r} in {Path.cwd()} or installed") from None
     except Exception as error:  # the user's module runs here, and may fail in any way
-        raise UserError(f"reward_function {path!r}: importing it failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"reward {path!r}: importing it failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, function_name):
-        raise UserError(f"reward_function {path!r}: module {module_name} has no {function_name!r}")
+        raise UserError(f"reward {path!r}: module {module_name} has no {function_name!r}")
     function = getattr(module, function_name)
     if not callable(function):
-        raise UserError(f"reward_function {path!r}: {function_name} is not a function")
+        raise UserError(f"reward {path!r}: {function_name} is not a function")
     result: RewardFunction = function
     return result

@@ -1,0 +1,122 @@
+"""A reward as one line of a config: parts joined by +, each a name with a weight before it where that is not 1.
+
+    imdb-sentiment + 0.5*rubric:length + runs/mine/adapter + my_rewards:politeness
+
+A part is a sentiment classifier (its log-odds, normalised), a reward model (scaled as when it was trained), a part of
+the rubric, or a Python function, module:function.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import UserError
+from ..models.adapters import Stack, kind_of
+from ..models.backbone import Backbone
+from ..models.classifier import TextClassifier
+from ..models.reward_model import RewardModel
+from .learned import learned
+from .parts import Reward, RewardPart, user_function
+from .rubric import RUBRIC, Part, style
+from .sentiment import log_odds
+
+STYLE = "style"  # the part of the rubric that takes its patterns from the config
+_TERM = re.compile(r"\s*(?:([-\d.eE]+)\s*\*)?\s*(\S(?:.*\S)?)\s*")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part as it was written."""
+
+    weight: float
+    name: str
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it names a Python function."""
+        return ":" in self.name and not self.is_rubric
+
+    @property
+    def is_rubric(self) -> bool:
+        """Whether it names a part of the rubric."""
+        return self.name.startswith("rubric:")
+
+
+def terms(spec: str) -> list[Term]:
+    """The parts of a reward's line, in order; none of an empty one. Raises UserError for what is no such line."""
+    found: list[Term] = []
+    for piece in spec.split("+") if spec.strip() else []:
+        match = _TERM.fullmatch(piece)
+        try:
+            weight = float(match[1]) if match and match[1] else 1.0
+        except ValueError:
+            weight = math.nan
+        if match is None or "*" in match[2] or not math.isfinite(weight):
+            raise UserError(
+                f"reward: {piece.strip()!r} is no part; write NAME or WEIGHT*NAME, joined by +, for example "
+                "imdb-sentiment + 0.5*rubric:length"
+            )
+        found.append(Term(weight, match[2]))
+    return found
+
+
+def reward_of(
+    spec: str,
+    want: str,
+    patterns: Sequence[str] = (),
+    device: str = "auto",
+    ground: tuple[Backbone, Stack] | None = None,
+) -> Reward:
+    """The reward that a line names.
+
+    `want`: the class that sentiment classifiers look for. `patterns`: regular expressions of rubric:style that are to
+    be found in an answer, or, behind a !, are not.
+    `ground`: what a policy stands on; a reward model of the same becomes one more adapter there, not a second base.
+    Raises UserError where a part is none, or where there is no part at all.
+    """
+    parts = [_part(term, want, patterns, device, ground) for term in terms(spec)]
+    if not parts:
+        known = "a classifier, a reward model, rubric:PART or module:function"
+        raise UserError(f"reward: nothing to optimise; name {known}")
+    return Reward(tuple(_numbered(parts)))
+
+
+def _numbered(parts: Sequence[RewardPart]) -> Iterator[RewardPart]:
+    """The parts, a second one of the same name as NAME-2: each has a figure of its own."""
+    seen: Counter[str] = Counter()
+    for part in parts:
+        seen[part.name] += 1
+        yield part if seen[part.name] == 1 else replace(part, name=f"{part.name}-{seen[part.name]}")
+
+
+def _part(
+    term: Term, want: str, patterns: Sequence[str], device: str, ground: tuple[Backbone, Stack] | None
+) -> RewardPart:
+    if term.is_rubric:
+        name = term.name.partition(":")[2]
+        if name != STYLE and name not in RUBRIC:
+            raise UserError(f"reward: {term.name} is no part of the rubric; known: {', '.join([*RUBRIC, STYLE])}")
+        function = RUBRIC[name] if name != STYLE else _style(patterns)
+        return RewardPart(name, function, term.weight)
+    if term.is_function:
+        return RewardPart(term.name.rpartition(":")[2], user_function(term.name), term.weight)
+    if kind_of(term.name) == "reward":
+        return RewardPart(_called(term.name), learned(RewardModel.load(term.name, device, ground)), term.weight)
+    classifier = TextClassifier.load(term.name, device=device)
+    return RewardPart(_called(term.name), log_odds(classifier, want), term.weight, normalise=True)
+
+
+def _style(patterns: Sequence[str]) -> Part:
+    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    return style([pattern for pattern in patterns if not pattern.startswith("!")], unwanted)
+
+
+def _called(name: str) -> str:
+    """The name of an adapter's part, which a metric bears: a folder's own, or its run's."""
+    path = Path(name).resolve()
+    return path.parent.name if path.name == "adapter" else path.name

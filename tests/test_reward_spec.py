@@ -1,0 +1,112 @@
+"""A reward as one line: parts and weights are read as they are written, and each names what it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftlab.data.records import Prompt
+from peftlab.errors import UserError
+from peftlab.models.adapters import Lora, Stack, load_stack, stack_over
+from peftlab.models.backbone import load_backbone
+from peftlab.models.reward_model import RewardModel, RewardNet
+from peftlab.models.roles import Roles
+from peftlab.rewards.spec import Term, reward_of, terms
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = st.sampled_from(["imdb-sentiment", "runs/a.b/adapter", "rubric:length", "my_rewards:praise", "./x y"])
+PROMPTS, ANSWERS = ["the film"] * 2, [" is good .", " is bad , bad , bad"]
+RECORDS = [Prompt("0", "the film", 1), Prompt("1", "the film", 0)]
+
+
+@given(st.lists(st.tuples(st.floats(-100, 100), NAMES), min_size=1, max_size=5), st.sampled_from(["+", " + ", "  +"]))
+def test_a_line_is_read_as_it_is_written(parts, plus):
+    assert terms(plus.join(f"{weight!r}*{name}" for weight, name in parts)) == [Term(*part) for part in parts]
+    assert terms(plus.join(name for _, name in parts)) == [Term(1.0, name) for _, name in parts]
+
+
+@pytest.mark.parametrize("line", ["a + ", "+ a", "nan*a", "1e*a", "2*3*a", "*a", "2*"])
+def test_what_is_no_line_is_refused(line):
+    with pytest.raises(UserError, match="WEIGHT\\*NAME"):
+        terms(line)
+
+
+def test_parts_of_the_rubric_and_functions_add_up(tmp_path, monkeypatch):
+    (tmp_path / "my_line.py").write_text("def praise(p, c, r):\n    return [float('good' in text) for text in c]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reward = reward_of("2*rubric:ended + -1*rubric:repetition + my_line:praise", "positive")
+    total, parts = reward(PROMPTS, ANSWERS, RECORDS)
+    assert {name: values.tolist() for name, values in parts.items()} == {
+        "ended": [1, 0], "repetition": [1, 1], "praise": [1, 0]
+    }
+    assert total.tolist() == [2 - 1 + 1, -1]
+    twice = reward_of("rubric:ended + rubric:ended", "positive")
+    assert list(twice(PROMPTS, ANSWERS, RECORDS)[1]) == ["ended", "ended-2"]
+    styled = reward_of("rubric:style", "positive", ["good", "!bad"])
+    assert styled(PROMPTS, ANSWERS, RECORDS)[0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "nothing to optimise"),
+        ("rubric:charm", "rubric:charm.*label, explained"),
+        ("rubric:style", "no pattern"),
+        ("tiny-gpt2", "not a classifier"),
+        ("nowhere:f", "nowhere"),
+    ],
+)
+def test_a_part_that_is_none_is_refused(line, words):
+    with pytest.raises(UserError, match=words):
+        reward_of(line, "positive", device="cpu")
+
+
+def reward_folder(base: Path, folder: Path, seed: int = 1) -> Path:
+    """A reward model with random weights on `base`."""
+    backbone, under = load_stack(str(base), device="cpu")
+    net = RewardNet.fresh(backbone, Lora(r=4))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.learned(0).values():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    stack = stack_over(str(base), under, backbone.tokenizer)
+    return RewardModel("mine", net, backbone.tokenizer, 64).save(folder, stack)
+
+
+def test_a_reward_model_joins_the_policy_on_one_base(tmp_path):
+    base = tiny.causal_folder(tmp_path / "gpt2")
+    folder = reward_folder(base, tmp_path / "judge-of-style" / "adapter")
+    backbone, under = load_stack(str(base), device="cpu")
+    weight = backbone.model.transformer.h[0].attn.c_attn.weight
+    roles = Roles(backbone, Lora(r=2))
+    ground = (replace(backbone, model=roles.model), stack_over(str(base), under, backbone.tokenizer))
+    reward = reward_of(str(folder), "positive", device="cpu", ground=ground)
+    alone = reward_of(str(folder), "positive", device="cpu")
+    ours, theirs = (one(PROMPTS, ANSWERS, RECORDS) for one in (reward, alone))
+    assert list(ours[1]) == ["judge-of-style"] and torch.equal(ours[0], theirs[0])
+    shared = roles.model.base_model.model.transformer.h[0].attn.c_attn
+    assert shared.base_layer.weight.data_ptr() == weight.data_ptr()
+    assert {"policy", "member-0"} <= set(shared.lora_A)
+    sizes = roles.bytes_per_role()
+    assert sizes["reward"] > 0 and sizes["base"] == Roles(load_backbone(str(base), device="cpu"), Lora(r=2)
+                                                          ).bytes_per_role()["base"]
+    assert all(p.requires_grad == ("policy" in n) for n, p in roles.model.named_parameters() if "lora_" in n)
+    ids, mask = torch.tensor([[110, 111, 112]]), torch.ones(1, 3, dtype=torch.bool)
+    assert torch.equal(roles.policy(ids, mask, 2), roles.reference(ids, mask, 2)), "scoring left the policy in charge"
+
+
+def test_a_reward_model_of_another_ground_brings_its_own(tmp_path):
+    base = tiny.causal_folder(tmp_path / "gpt2")
+    folder = reward_folder(base, tmp_path / "mine")
+    backbone = load_backbone(str(base), device="cpu")
+    over = Stack("causal", str(base), backbone.fingerprint, (folder,))  # an adapter lies merged under this policy
+    model = RewardModel.load(str(folder), "cpu", (backbone, over))
+    assert model.net.model is not backbone.model and not hasattr(backbone.model, "peft_config")
