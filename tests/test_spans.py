@@ -11,15 +11,18 @@ from tiny import WORDS, documents
 
 from peftlab.data.collate import collate_seq2seq
 from peftlab.data.spans import (
+    DENSE,
     PREFIX,
     SENTINELS,
+    SPANS,
+    WHOLE,
+    Noise,
     Views,
     blocks,
     corrupt,
     gaps,
     principal,
     principal_sentence,
-    span_counts,
 )
 from peftlab.data.tokenize import sentences
 from peftlab.evaluation.rouge import rouge_row
@@ -51,10 +54,10 @@ def restore(shown: list[int], target: list[int]) -> list[int]:
     return [part for token in shown for part in hidden.get(token, [token])]
 
 
-@given(st.lists(st.integers(2, 999), min_size=2, max_size=300), st.integers())
-def test_input_and_target_make_the_document_again(ids, seed):
-    shown, target = corrupt(ids, random.Random(seed), MARKS, EOS)
-    noise, spans = span_counts(len(ids))
+@given(st.lists(st.integers(2, 999), min_size=2, max_size=300), st.integers(), st.sampled_from([SPANS, DENSE]))
+def test_input_and_target_make_the_document_again(ids, seed, kind):
+    shown, target = corrupt(ids, random.Random(seed), MARKS, EOS, kind)
+    noise, spans = kind.counts(len(ids))
     assert len(shown) == len(ids) - noise + spans + 1 <= len(ids) + 1
     assert len(target) == noise + spans + 2
     assert not any(a in MARKS and b in MARKS for a, b in zip(shown, shown[1:], strict=False))
@@ -62,10 +65,11 @@ def test_input_and_target_make_the_document_again(ids, seed):
 
 
 def test_the_share_hidden_and_the_mean_span_are_the_papers():
-    noise, spans = span_counts(400)
-    assert (noise / 400, noise / spans) == (0.15, 3)
-    assert span_counts(10_000) == (1500, 99)  # no more sentinels than there are
-    assert span_counts(2) == (1, 1)
+    for kind, share, mean in ((SPANS, 0.15, 3), (DENSE, 0.5, 8), (WHOLE, 0.3, 3)):
+        noise, spans = kind.counts(400)
+        assert (noise / 400, noise / spans) == (share, mean)
+    assert SPANS.counts(10_000) == (1500, 99)  # no more sentinels than there are
+    assert SPANS.counts(2) == Noise(0.9, 9).counts(2) == (1, 1)
     with pytest.raises(ValueError, match="two tokens"):
         corrupt([5], random.Random(0), MARKS, EOS)
 
@@ -138,7 +142,8 @@ def test_passes_differ_and_a_row_is_always_the_same(words):
     assert [again[i] for i in reversed(range(len(rows)))] == [rows[i] for i in reversed(range(len(rows)))]
     lengths = [len(row["input_ids"]) for row in rows]
     longest = [max(lengths[item :: rows.items]) for item in range(rows.items)]  # of a gap, with its sentence in place
-    assert rows.lengths() == longest and max(longest) <= 64
+    assert rows.lengths()[len(parts[0]) :] == longest[len(parts[0]) :]
+    assert all(a >= b for a, b in zip(rows.lengths(), longest, strict=True)) and max(rows.lengths()) <= 64
     first = len(parts[0])
     for item in range(rows.items):
         seen = [rows[view * rows.items + item]["input_ids"] for view in range(4)]
@@ -146,6 +151,22 @@ def test_passes_differ_and_a_row_is_always_the_same(words):
             assert len(set(map(tuple, seen))) > 1
         elif item >= first:
             assert sorted(ids.count(words.mask_token_id) for ids in seen) == [0, 0, 1, 1]
+
+
+def test_a_block_meets_each_noise_in_turn(words):
+    (block,) = blocks([" ".join(documents(3))], words, 200)
+    rows = list(Views([block], [], words, seed=1, views=6))
+    marks = words.convert_tokens_to_ids(SENTINELS)
+    for first, second in zip(rows[:3], rows[3:], strict=True):
+        counts = [(sum(t in marks for t in row["input_ids"]), row["input_ids"].count(words.mask_token_id))
+                  for row in (first, second)]
+        assert counts[0] == counts[1] and first != second
+    infilled = rows[2]
+    assert infilled["labels"] == [*block, words.eos_token_id]
+    kept = [token for token in infilled["input_ids"] if token != words.mask_token_id]
+    assert len(kept) == len(block) + 1 - WHOLE.counts(len(block))[0]
+    rest = iter(infilled["labels"])
+    assert all(token in rest for token in kept), "what is kept stands in the document's order"
 
 
 def test_a_batch_pads_inputs_and_ignores_padded_labels():

@@ -1,7 +1,9 @@
-"""What a T5 learns from plain text: to fill gaps in it, and to say its principal sentence. No torch.
+"""What a T5 learns from plain text: to fill gaps in it, to repeat it, and to say its principal sentence. No torch.
 
 Span corruption (Raffel et al. 2020, section 3.1.4): spans of a document are hidden, each behind a sentinel, and the
-target lists them. Gap sentences (Zhang et al. 2020, PEGASUS): the target is the sentence most like the rest.
+target lists them. Text infilling (Lewis et al. 2020, BART): the target is the whole document. Most of it is a copy,
+which teaches the decoder to look into the encoder. Gap sentences (Zhang et al. 2020, PEGASUS): the target is the
+sentence most like the rest.
 """
 
 from __future__ import annotations
@@ -16,19 +18,35 @@ from typing import Any
 from .overlap import f_measure, words
 from .tokenize import Row, encode, sentences
 
-NOISE, MEAN_SPAN = 0.15, 3  # Raffel et al. 2020, section 3.3.4
 PREFIX, MASK = "summarize: ", "<mask>"
 SENTINELS = [f"<extra_id_{number}>" for number in range(100)]
 
 
-def span_counts(length: int, most: int = len(SENTINELS) - 1) -> tuple[int, int]:
-    """How many of `length` >= 2 tokens are hidden, and in how many spans, at most `most`."""
-    noise = min(max(1, round(NOISE * length)), length - 1)
-    return noise, min(max(1, round(noise / MEAN_SPAN)), noise, length - noise + 1, most)
+@dataclass(frozen=True)
+class Noise:
+    """How a document is corrupted: the share of its tokens that is hidden, in spans of `span` tokens on average.
+
+    `whole`: the target is the document, and what is hidden is one mask a span; else sentinels and the spans themselves.
+    """
+
+    share: float
+    span: float
+    whole: bool = False
+
+    def counts(self, length: int, most: int = len(SENTINELS) - 1) -> tuple[int, int]:
+        """How many of `length` >= 2 tokens are hidden, and in how many spans, at most `most`."""
+        hidden = min(max(1, round(self.share * length)), length - 1)
+        return hidden, min(max(1, round(hidden / self.span)), hidden, length - hidden + 1, most)
+
+
+SPANS = Noise(0.15, 3)  # Raffel et al. 2020, section 3.3.4
+# Much more to say in each step than T5's own: a small model on few texts learns from how many tokens it predicts.
+DENSE = Noise(0.5, 8)  # an extreme denoiser of UL2 (Tay et al. 2022), between its two
+WHOLE = Noise(0.3, 3, whole=True)  # Lewis et al. 2020, section 2.2
 
 
 def corrupt(
-    ids: Sequence[int], draw: random.Random, sentinels: Sequence[int], eos: int
+    ids: Sequence[int], draw: random.Random, sentinels: Sequence[int], eos: int, noise: Noise = SPANS
 ) -> tuple[list[int], list[int]]:
     """(input, target), both ended by `eos`: in the input each hidden span is one sentinel, in order; in the target
     each sentinel is followed by its span, and one more sentinel ends the last.
@@ -38,10 +56,10 @@ def corrupt(
     """
     if len(ids) < 2:
         raise ValueError("a document of fewer than two tokens has nothing to keep beside what is hidden")
-    noise, spans = span_counts(len(ids), len(sentinels) - 1)
-    hidden = _partition(noise, spans, draw)
+    count, spans = noise.counts(len(ids), len(sentinels) - 1)
+    hidden = _partition(count, spans, draw)
     # Two more than are kept, shared out in parts of at least one and taken back at both ends: those may be empty.
-    kept = _partition(len(ids) - noise + 2, spans + 1, draw)
+    kept = _partition(len(ids) - count + 2, spans + 1, draw)
     kept[0], kept[-1] = kept[0] - 1, kept[-1] - 1
     shown, target, at = list(ids[: kept[0]]), [], kept[0]
     for sentinel, gap, run in zip(sentinels, hidden, kept[1:], strict=False):
@@ -133,12 +151,20 @@ class Views(Sequence[Row]):
     """`views` passes over blocks and gaps, each corrupted anew, one behind the other.
 
     Row i is pass i // N and item i % N of N items: a function of (seed, i) alone, made when it is asked for, so that
-    memory holds the documents once, however many the passes, and a resumed run sees the same rows. A gap's sentence is
-    masked in every other pass and left in place in the rest.
+    memory holds the documents once, however many the passes, and a resumed run sees the same rows. A block meets the
+    kinds of `noise` in turn; a gap's sentence is masked in every other pass and left in place in the rest.
     """
 
-    def __init__(self, blocks: Sequence[list[int]], gaps: Sequence[Gap], tokenizer: Any, seed: int, views: int) -> None:
-        self.blocks, self.gaps, self.seed, self.views = blocks, gaps, seed, views
+    def __init__(
+        self,
+        blocks: Sequence[list[int]],
+        gaps: Sequence[Gap],
+        tokenizer: Any,
+        seed: int,
+        views: int,
+        noise: Sequence[Noise] = (SPANS, DENSE, WHOLE),
+    ) -> None:
+        self.blocks, self.gaps, self.seed, self.views, self.noise = blocks, gaps, seed, views, noise
         self.items = len(blocks) + len(gaps)
         self.eos: int = tokenizer.eos_token_id
         self.mask: int = tokenizer.mask_token_id
@@ -153,12 +179,11 @@ class Views(Sequence[Row]):
         view, item = divmod(index, self.items)
         if item >= len(self.blocks):
             return self.gaps[item - len(self.blocks)].row(self.mask if (view + item) % 2 else None)
-        draw = random.Random(f"{self.seed} {index}")
-        shown, target = corrupt(self.blocks[item], draw, self.sentinels, self.eos)
-        return {"input_ids": shown, "labels": target}
+        ids, noise = self.blocks[item], self.noise[(view + item) % len(self.noise)]
+        marks = [self.mask] * len(self.sentinels) if noise.whole else self.sentinels
+        shown, target = corrupt(ids, random.Random(f"{self.seed} {index}"), marks, self.eos, noise)
+        return {"input_ids": shown, "labels": [*ids, self.eos] if noise.whole else target}
 
     def lengths(self) -> list[int]:
-        """Input tokens of the rows of any pass, without making them; of a gap, with its sentence in place."""
-        counts = [(len(ids), *span_counts(len(ids))) for ids in self.blocks]
-        corrupted = [length - noise + spans + 1 for length, noise, spans in counts]
-        return corrupted + [len(gap.row(None)["input_ids"]) for gap in self.gaps]
+        """Tokens of each item as it is, EOS counted; the inputs of its rows are no longer."""
+        return [len(ids) + 1 for ids in self.blocks] + [len(gap.row(None)["input_ids"]) for gap in self.gaps]

@@ -112,7 +112,8 @@ def attach_prefix(model: Any, start: Mapping[str, Tensor], hidden: int = 0) -> P
     places = attentions(model)
     AttentionInterface.register(IMPLEMENTATION, _attend)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-    model.set_attn_implementation(IMPLEMENTATION)
+    for part in (model, model.encoder, model.decoder):  # before transformers 5.2x a model does not tell its parts
+        part.set_attn_implementation(IMPLEMENTATION)
     model.prefix = Prefix(start, model.config.d_model, hidden)
     prefix: Prefix = model.prefix
     for kind, part in prefix.parts().items():

@@ -25,8 +25,8 @@ _WHAT = {
         "It fills gaps in {noun}s and repeats their principal sentence, and knows nothing: it is a base to fine-tune.",
         "T5ForConditionalGeneration, gated GELU, tied embeddings",
         "pad, EOS, mask and 100 sentinels",
-        "inputs and targets: a row of span corruption for every block, and one of gap sentences for every {noun}; each "
-        "epoch corrupts anew",
+        "inputs and targets: a row of denoising for every block (span corruption, sparse and dense, and infilling in "
+        "turn), and one of gap sentences for every {noun}; each epoch corrupts anew",
         "span corruption, sentinels and EOS counted",
         'Principal sentences (behind the prefix "summarize: ", greedy, the first three held-out {noun}s)',
     ),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..data.collate import collate_language, collate_seq2seq
-from ..data.spans import PREFIX, Gap, Views, blocks, gaps
+from ..data.spans import PREFIX, SPANS, Gap, Views, blocks, gaps
 from ..data.tokenize import Row, document_ids, pack
 from ..errors import UserError
 from ..evaluation.perplexity import row_nlls
@@ -70,7 +70,7 @@ class LanguageModelling(Task):
 
 
 class Denoising(Task):
-    """Fill the gaps of corrupted blocks, and say the principal sentence of a text: every epoch has one row of each.
+    """Restore corrupted blocks, and say the principal sentence of a text: every epoch has one row of each.
 
     An epoch is a pass that corrupts anew (data/spans.py), so that none repeats another.
     """
@@ -88,7 +88,7 @@ class Denoising(Task):
         self.rows, self.lengths = rows, rows.lengths()
         self.epoch_tokens = sum(pair_length(rows[row]) for row in range(self.epoch_rows))
         # The held-out corruption has a seed of its own: the figure compares runs of different seeds.
-        held_out = Views(blocks(test, tokenizer, length), [], tokenizer, 0, 1)
+        held_out = Views(blocks(test, tokenizer, length), [], tokenizer, 0, 1, [SPANS])
         self.held_out = list(held_out)
         self.gaps: list[Gap] = gaps(test, tokenizer, length)
 
