@@ -30,16 +30,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 UV_INSTALL := $(BIN)/uv pip install --python $(BIN)/python
 PIP_INSTALL := $(BIN)/python -m pip install
 
-.PHONY: help setup demo test lint types bench lock clean
+.PHONY: help setup demo demo-full test lint types bench lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 setup: $(STAMP)  ## the environment in .venv, from requirements.lock
 
-demo: $(STAMP)  ## the whole lab on a tiny model: classify, SFT, PPO, judge, report
+demo: $(STAMP)  ## the whole lab on a tiny model: classify, SFT, reward model, PPO, judge, report
 	@$(BIN)/peftlab demo
+
+demo-full: $(STAMP)  ## the same, then explanations and summaries
+	@$(BIN)/peftlab demo --full
 
 test: $(STAMP)  ## the tests
 	@$(BIN)/python -m pytest

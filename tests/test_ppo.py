@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peftlab.errors import LabError
 from peftlab.models.adapters import Lora
@@ -127,6 +129,22 @@ def test_adaptive_kl_finds_its_target_on_a_toy():
     for _ in range(400):
         control.update(2 / control.coef, episodes=64)
     assert abs(2 / control.coef - 6.0) < 0.1
+
+
+@given(
+    coef=st.floats(1e-6, 1e3),
+    target=st.floats(1e-6, 1e3),
+    horizon=st.floats(1e-6, 1e6),
+    steps=st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 10_000)), max_size=40),
+)
+def test_an_adaptive_coefficient_stays_above_0_and_never_leaps(coef, target, horizon, steps):
+    """Whatever the horizon: a KL below its target lowers it, one above raises it, by a fifth of it at most."""
+    control = AdaptiveKL(coef, target, horizon)
+    for kl, episodes in steps:
+        before = control.coef
+        control.update(kl, episodes)
+        assert 0 < 0.8 * before * (1 - 1e-9) <= control.coef <= 1.2 * before * (1 + 1e-9)
+        assert (control.coef >= before) if kl >= target else (control.coef <= before)
 
 
 def test_adaptive_kl_clips_its_error():

@@ -203,8 +203,8 @@ def steered(shop) -> tuple[Path, list[str], Any]:
         patch.chdir(shop["root"])
         patch.setattr(ppo, "Roles", built)
         folder = run_of(
-            shop, "ppo", "ppo", f"model={shop['runs']}/under", f"reward={shop['reward']}", f"judge={shop['judge']}",
-            "reward_function=my_rewards:praise", "critic=adapter",
+            shop, "ppo", "ppo", f"model={shop['runs']}/under", f"judge={shop['judge']}",
+            f"reward={shop['reward']} + my_rewards:praise", "critic=adapter",
         )
     return folder, hashes, built.roles
 
@@ -284,7 +284,7 @@ def test_the_adapter_of_ppo_carries_the_one_under_it(shop, steered):
     ("ppo", "prompt_tokens=[5,2]", "prompt_tokens"),
     ("ppo", "judge=nowhere/judge", "nowhere/judge"),
     ("ppo", "eval_data=nowhere.jsonl", "nowhere.jsonl"),
-    ("ppo", "reward_function=nowhere:f", "nowhere"),
+    ("ppo", "reward=nowhere:f", "nowhere"),
 ])
 def test_what_cannot_work_is_one_message_before_training(shop, tmp_path, verb, pair, message):
     judges = ["reward={reward}", "judge={judge}"] if verb == "ppo" else []

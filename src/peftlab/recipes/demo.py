@@ -1,8 +1,9 @@
-"""The whole lab on real reviews: classify, SFT, PPO, an independent judge, and one report."""
+"""The whole lab on real reviews: each stage a real run with its own folder, then one table, samples and one report."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,101 +14,211 @@ from rich.text import Text
 from ..config import Config, load_config, to_toml
 from ..errors import Interrupted
 from ..report import render
+from ..runs.atomic import read_rows
 from ..runs.rundir import RunDir
 from ..runs.sanitize import sanitize
 from . import load
-from .launch import free_name
+from .launch import free_name, start, stopped
 
-STAGES = ("classify", "sft", "ppo")
+PROMPTS = 400  # of the reward model's pairs
+OPENING = 200  # characters of a prompt that the terminal shows: a whole review would fill it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a run of `recipe` by the shipped config demo-NAME.
+
+    `figures` are (metric, what it measures) of the table's lines; `shown` counts the prompts printed before and after.
+    `given` are keys that name what earlier stages left: {demo} is the demo's folder, {own} the config's own value.
+    """
+
+    name: str
+    recipe: str
+    figures: tuple[tuple[str, str], ...]
+    shown: int = 0
+    given: tuple[tuple[str, str], ...] = ()
+
+
+CLASSIFY = Stage(
+    "classify",
+    "classify",
+    (
+        ("eval/accuracy", "accuracy on unseen reviews"),
+        ("compare/accuracy", "the same for bundled imdb-sentiment"),
+    ),
+)
+SFT = Stage("sft", "sft", (("eval/perplexity", "perplexity of unseen openings"),))
+PAIRS = "{demo}/preferences"  # answers of the SFT model, sampled before the stage `reward`
+REWARD = Stage(
+    "reward",
+    "reward",
+    (
+        ("eval/pair_accuracy", "pairs of unseen prompts ranked right"),
+        ("compare/pair_accuracy_longer", "the same for: the longer one wins"),
+    ),
+    given=(
+        ("model", "{demo}/sft/adapter"),
+        ("train_data", f"{PAIRS}/preferences-train.jsonl"),
+        ("eval_data", f"{PAIRS}/preferences-test.jsonl"),
+    ),
+)
+PPO = Stage(
+    "ppo",
+    "ppo",
+    (
+        ("eval/judge", "p(wanted sentiment), independent judge"),
+        ("eval/kl", "KL to the SFT model, nats a completion"),
+        ("eval/perplexity_ratio", "perplexity under SFT, ratio"),
+        ("eval/distinct_2", "distinct bigrams"),
+    ),
+    shown=3,
+    given=(("model", "{demo}/sft/adapter"), ("reward", "0.5*{demo}/reward/adapter + 0.5*{own}")),
+)
+EXPLANATIONS = Stage(
+    "explanations",
+    "sft",
+    (
+        ("rubric/label", "true label stated, unseen reviews"),
+        ("rubric/evidence", "review cited as evidence"),
+        ("eval/perplexity", "perplexity of unseen explanations"),
+    ),
+    shown=1,
+)
+SUMMARIZE = Stage(
+    "summarize",
+    "summarize",
+    (
+        ("eval/rougeL", "ROUGE-L of gists of unseen reviews"),
+        ("compare/rougeL", "the same for lead-1, first sentence"),
+    ),
+    shown=1,
+)
+STAGES = (CLASSIFY, SFT, REWARD, PPO)
+FULL = (*STAGES, EXPLANATIONS, SUMMARIZE)
 
 
 class DemoConfig(Config):
-    """The demo has no keys of its own: its stages are the shipped configs demo-classify, demo-sft and demo-ppo."""
+    """What a demo's run folder notes of it: its stages, each by the shipped config demo-STAGE."""
 
     recipe: str = "demo"
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...]
 
 
-def run_demo(root: Path, name: str | None = None, *, resume: bool = False, as_json: bool = False) -> dict[str, Any]:
-    """Run the stages in order, each in its own run folder below `root/name`; then table, samples, report."""
-    name = name or free_name(root, "demo", resume)
-    run = RunDir.create(root, name, "demo", to_toml(DemoConfig()), resume=resume)
+def run_demo(
+    root: Path, name: str | None = None, *, full: bool = False, resume: bool = False, as_json: bool = False
+) -> dict[str, Any]:
+    """Run the stages in order, each in its own run folder below `root/name`; then table, samples, report.
+
+    `full` adds explanations and summaries. Without a name the folder is demo, or demo-full, or the next that is free.
+    """
+    stages = FULL if full else STAGES
+    config = DemoConfig(stages=tuple(stage.name for stage in stages))
+    name = name or free_name(root, "demo-full" if full else "demo", resume, config)
+    run = RunDir.create(root, name, "demo", to_toml(config), resume=resume)
     console = Console(stderr=as_json)
-    with run.session():
-        summary = run.summary if run.finished else _run_stages(run, console, root, resume)
+    try:
+        with run.session():
+            summary = run.summary if run.finished else _run_stages(run, stages, console, root, resume)
+    except Interrupted as error:
+        raise stopped(error.signum, ["demo", *(["--full"] if full else []), "--run", name, "--resume"]) from None
     assert summary is not None
-    stages, report = summary["stages"], render(run.path)
+    report = render(run.path)
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
-        console.print(outcome(stages))
-        show_samples(console, root / name / "ppo")
+        console.print(outcome(stages, summary["stages"]))
+        for stage in stages:
+            if stage.shown:
+                show_samples(console, run.path / stage.name, stage.shown)
         console.print(f"\n{summary['time']['wall_s']:.0f} s. Report: {report}", highlight=False, soft_wrap=True)
-        console.print(f"Talk to it: peftlab chat {root / name / 'ppo' / 'adapter'}", highlight=False, soft_wrap=True)
+        console.print(f"Talk to it: peftlab chat {run.path / 'ppo' / 'adapter'}", highlight=False, soft_wrap=True)
     return summary
 
 
-def _run_stages(run: RunDir, console: Console, root: Path, resume: bool) -> dict[str, Any]:
-    stages: dict[str, Any] = {}
-    for stage in STAGES:
-        console.rule(stage)
-        stages[stage] = _stage(stage, root, run.name, resume)
+def _run_stages(
+    run: RunDir, stages: tuple[Stage, ...], console: Console, root: Path, resume: bool
+) -> dict[str, Any]:
+    """Every stage; one that is done is kept. The demo's own figures are those of PPO."""
+    done: dict[str, Any] = {}
+    for stage in stages:
+        console.rule(stage.name)
+        if stage is REWARD:
+            _sample_pairs(run.path)
+        config = _config(stage)
+        own = config.model_dump()
+        config = config.with_(**{key: text.format(demo=run.path, own=own[key]) for key, text in stage.given})
+        done[stage.name] = start(stage.recipe, config, root, f"{run.name}/{stage.name}", resume)
         if run.stop_requested:  # it came while the stage measured: the stage is done, the demo is not
             raise Interrupted(run.stop_requested)
-    ppo = stages["ppo"]
+    ppo = done[PPO.name]
     artifacts = {"report": "report.html", "adapter": "ppo/adapter"}
-    return run.finish(ppo["metrics"], ppo["baseline"], ppo["intervals"], artifacts, stages=stages)
+    return run.finish(ppo["metrics"], ppo["baseline"], ppo["intervals"], artifacts, stages=done)
 
 
-def _stage(stage: str, root: Path, name: str, resume: bool) -> dict[str, Any]:
-    """One stage. A stage that is done is kept; PPO starts from this demo's own SFT adapter."""
-    module = load(stage)
-    config = load_config(module.CONFIG, f"demo-{stage}")
-    if stage == "ppo":
-        config = config.with_(model=str(root / name / "sft" / "adapter"))
-    run = RunDir.create(root, f"{name}/{stage}", stage, to_toml(config), resume=resume)
-    summary: dict[str, Any] = module.run(config, run)
-    render(run.path)
-    return summary
+def _config(stage: Stage) -> Any:
+    return load_config(load(stage.recipe).CONFIG, f"demo-{stage.name}")
 
 
-def outcome(stages: dict[str, Any]) -> Table:
-    """The table that ends the demo: before -> after of every stage."""
-    classify, sft, ppo = (stages[stage] for stage in STAGES)
+def _sample_pairs(folder: Path) -> None:
+    """Pairs of the SFT model's answers as PPO samples them, the better one by its classifier; kept where they are."""
+    from .build_preferences import PreferenceOptions, build_preferences
+
+    ppo = _config(PPO)
+    options = PreferenceOptions(
+        policy=str(folder / "sft" / "adapter"),
+        prompts=ppo.train_data,
+        output=Path(PAIRS.format(demo=folder)),
+        scorer=ppo.reward,
+        limit=PROMPTS,
+        prompt_tokens=ppo.prompt_tokens,
+        max_new_tokens=ppo.max_new_tokens,
+        device=ppo.device,
+    )
+    if not options.beside(".json").exists():
+        build_preferences(options)
+
+
+def outcome(stages: tuple[Stage, ...], done: dict[str, Any]) -> Table:
+    """The table that ends the demo: before -> after of every stage. `done` holds their summaries by name."""
     table = Table(title="what was learned", title_style="bold", show_edge=False, pad_edge=False)
     for column in ("stage", "figure", "before", "after", "seconds"):
         table.add_column(column, justify="left" if column in ("stage", "figure") else "right")
-    lines = [
-        ("classify", classify, "eval/accuracy", "accuracy on unseen reviews"),
-        ("", classify, "compare/accuracy", "the same for the bundled imdb-sentiment"),
-        ("sft", sft, "eval/perplexity", "perplexity of unseen openings"),
-        ("ppo", ppo, "eval/judge", "p(wanted sentiment), independent judge"),
-        ("", ppo, "eval/kl", "KL to the SFT model, nats a completion"),
-        ("", ppo, "eval/perplexity_ratio", "perplexity under SFT, ratio"),
-        ("", ppo, "eval/distinct_2", "distinct bigrams"),
-    ]
-    for stage, summary, metric, words in lines:
-        before, after = (summary[side].get(metric) for side in ("baseline", "metrics"))
-        seconds = f"{summary['time']['wall_s']:.0f}" if stage else ""
-        table.add_row(stage, words, _number(before), _number(after), seconds)
+    for stage in stages:
+        summary = done[stage.name]
+        head = [stage.name, f"{summary['time']['wall_s']:.0f}"]
+        for metric, words in stage.figures:
+            before, after = (_number(summary[side].get(metric)) for side in ("baseline", "metrics"))
+            table.add_row(head[0], words, before, after, head[1])
+            head = ["", ""]
     return table
 
 
-def show_samples(console: Console, folder: Path, count: int = 3) -> None:
-    """The same prompts before and after, evenly spread over the evaluation prompts (not picked)."""
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    before = [row for row in rows if row["side"] == "before"]
-    after = [row for row in rows if row["side"] == "after"]
-    for index in range(0, len(before), max(1, len(before) // count)):
-        if count == 0:
-            return
-        count -= 1
+def show_samples(console: Console, folder: Path, count: int) -> None:
+    """`count` prompts before and after, evenly spread over those of the evaluation (not picked).
+
+    A completion stands behind its prompt. One that does not continue its prompt's line has the prompt's opening above.
+    """
+    sides: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
+    for row in read_rows(folder / "samples.jsonl"):
+        sides[row["side"]].append(row)
+    pairs = list(zip(*sides.values(), strict=True))
+    for pair in pairs[:: max(1, len(pairs) // count)][:count]:
+        prompt = sanitize(pair[0]["prompt"])
         console.print()
-        for side, row in (("before", before[index]), ("after", after[index])):
-            line = Text(f"{side:>6} {row['judge']:.2f}  ", style="dim")
-            line.append(sanitize(row["prompt"]), style="bold")
-            line.append(" ".join(sanitize(row["completion"]).splitlines()), style="default")
+        if "\n" in prompt:
+            opening = _one_line(prompt)
+            console.print(Text(opening if len(opening) <= OPENING else opening[:OPENING] + " ...", style="bold"))
+            prompt = ""
+        for side, row in zip(sides, pair, strict=True):
+            judged = f"{row['judge']:.2f}  " if "judge" in row else ""
+            line = Text(f"{side:>6} {judged}", style="dim")
+            line.append(prompt, style="bold")
+            line.append(_one_line(sanitize(row["completion"])), style="default")
             console.print(line)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
 
 
 def _number(value: float | None) -> str:

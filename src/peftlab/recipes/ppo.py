@@ -6,6 +6,7 @@ Read `run` top to bottom: it is the whole job. The algorithm is `rl/ppo.py`, `st
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,24 +14,24 @@ import torch
 from pydantic import Field
 
 from ..config import Config
-from ..data.prompts import openings
 from ..data.sources import load_records
 from ..errors import Interrupted, LabError, UserError
-from ..evaluation.policy import evaluate_side, perplexity_ratio
-from ..models.adapters import Lora, load_stack, save_adapter, stack_over
-from ..models.backbone import pick_device
+from ..models.adapters import Lora, Stack, load_stack, save_adapter, stack_over
+from ..models.backbone import Backbone, pick_device
 from ..models.classifier import TextClassifier
 from ..models.roles import POLICY, Roles
-from ..rewards.parts import Reward, RewardPart, user_function
-from ..rewards.sentiment import class_of, log_odds
+from ..rewards.parts import Reward
+from ..rewards.sentiment import class_of
+from ..rewards.spec import reward_of, terms
 from ..rl.control import AdaptiveKL, FixedKL
 from ..rl.ppo import PPOSettings, PPOTrainer
 from ..rl.rollout import FirstStep, PromptBatch, Rollout
 from ..runs.metrics import first_ratio_limit
-from ..runs.progress import Progress
+from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
-from .common import note_data, resume_point, seed_everything
+from .before_after import before_after, prompt_batch
+from .common import note_function, note_model, resume_point, seed_everything
 
 RECORDED_ROWS = 4
 NORMALISE_ON = 256
@@ -44,8 +45,12 @@ class PPOConfig(Config):
     train_data: str = "imdb:train"
     eval_data: str = "imdb:prompts"
     want: Literal["positive", "negative"] = "positive"
-    reward: str = Field("imdb-sentiment", description="classifier whose log-odds of `want` count; empty = none")
-    reward_function: str = Field("", description="module:function, added to the reward as it is")
+    reward: str = Field(
+        "imdb-sentiment",
+        description="parts joined by +, as in imdb-sentiment + 0.5*rubric:length: classifiers (log-odds of `want`), "
+        "reward models, parts of the rubric, module:function",
+    )
+    style: list[str] = Field([], description="patterns of rubric:style that an answer keeps to; behind a !, avoids")
     judge: str = Field("imdb-judge", description="classifier of the evaluation; never the reward's")
     prompt_tokens: tuple[int, int] = (2, 8)
     max_new_tokens: int = Field(24, ge=1)
@@ -97,22 +102,28 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
                 f"max_new_tokens: prompts of up to {config.prompt_tokens[1]} tokens and {config.max_new_tokens} new "
                 f"ones exceed the context of {config.model}, {context} tokens"
             )
+        note_model(run, "model", config.model, backbone.fingerprint)
         roles = Roles(backbone, config.lora, config.critic)
+        ground = replace(backbone, model=roles.model), stack_over(config.model, under, roles.tokenizer)
+        reward = _reward(config, run, ground)
         base_hash = roles.frozen_hash()
         run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
 
-        train = _prompts(run, config.train_data, roles.tokenizer, config)
+        train = prompt_batch(run, config.train_data, roles.tokenizer, config.prompt_tokens, config.seed)
         # Loaded before training, so that a judge or data that is not there costs seconds.
-        held_out = _prompts(run, config.eval_data, roles.tokenizer, config, limit=config.eval_prompts)
+        held_out = prompt_batch(
+            run, config.eval_data, roles.tokenizer, config.prompt_tokens, config.seed, config.eval_prompts
+        )
         judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
         class_of(judge, config.want)
+        note_model(run, "judge", config.judge)
         sampler = Sampler(roles.twin, roles.tokenizer)
         decoding = Decoding(config.max_new_tokens, config.temperature)
-        reward = _reward(config)
         checkpoint = resume_point(run)
         state = _read_state(checkpoint) if checkpoint else None
         if state is None:
             reward = _normalised(reward, sampler, train, decoding, config.seed)
+            _score_one(reward, sampler, held_out, decoding, config.seed)
         else:
             reward = reward.with_state(state["reward"])
         settings = _settings(config, tiny_on_cpu=under.base == "tiny-gpt2" and roles.device.type == "cpu")
@@ -122,6 +133,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
 
         reason: str | None = state["reason"] if state else None
         seconds: list[float] = []
+        flat = False
         progress = Progress(config.steps)
         while trainer.steps_done < config.steps and reason is None:
             prompts = _batch(train, trainer.steps_done, config)
@@ -133,6 +145,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
             step = trainer.steps_done
             run.log(stats, step)
             seconds.append(stats["time/step_s"])
+            flat = flat or _warned_of_flat(run, rollout, step)
             progress.show(step, f"reward {stats['reward/mean']:.2f}  KL {stats['kl/reference']:.2f}")
             if step == 1 or step % config.record_every == 0:
                 run.append_rollouts(_records(rollout, token_tensors, sampler, step))
@@ -150,7 +163,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         stack = stack_over(config.model, under, roles.tokenizer, recipe="ppo", want=config.want)
         save_adapter(roles.model, POLICY, folder, stack)
         step_s = statistics.median(seconds or [0.0])
-        return _finish(config, run, roles, held_out, judge, trainer.first, reason, step_s)
+        return _finish(config, run, roles, held_out, judge, reward, trainer.first, reason, step_s)
 
 
 def plan(config: PPOConfig) -> dict[str, Any]:
@@ -173,33 +186,18 @@ def plan(config: PPOConfig) -> dict[str, Any]:
     }
 
 
-def _prompts(
-    run: RunDir, spec: str, tokenizer: Any, config: PPOConfig, limit: int = 0
-) -> PromptBatch:
-    low, high = config.prompt_tokens
-    if not 1 <= low <= high:
-        raise UserError(f"prompt_tokens: expected 1 <= shortest <= longest, not {low}, {high}")
-    records = load_records(spec, "prompts", limit or None, config.seed)
-    note_data(run, records, limit)
-    token_ids = openings([r.prompt for r in records.records], tokenizer, low, high, config.seed)
-    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in token_ids]
-    return PromptBatch(token_ids, texts, records.records)
-
-
-def _reward(config: PPOConfig) -> Reward:
-    parts = []
-    if config.reward:
-        if config.reward == config.judge:
-            raise UserError(f"judge: {config.judge} is the reward too; an independent judge is another classifier")
-        classifier = TextClassifier.load(config.reward, device=config.device)
-        name = Path(config.reward).resolve().name  # a metric's name: a folder's path is none
-        parts.append(RewardPart(name, log_odds(classifier, config.want), normalise=True))
-    if config.reward_function:
-        function = user_function(config.reward_function)
-        parts.append(RewardPart(config.reward_function.split(":")[1], function))
-    if not parts:
-        raise UserError("reward: nothing to optimise; set reward to a classifier or reward_function to module:function")
-    return Reward(tuple(parts))
+def _reward(config: PPOConfig, run: RunDir, ground: tuple[Backbone, Stack]) -> Reward:
+    """The reward that the config names, its parts noted in the run; a reward model may join the policy's base."""
+    named = terms(config.reward)
+    if any(term.name == config.judge for term in named):
+        raise UserError(f"judge: {config.judge} is the reward too; an independent judge is another classifier")
+    reward = reward_of(config.reward, config.want, config.style, config.device, ground)
+    for term in named:
+        if term.is_function:
+            note_function(run, "reward", term.name)
+        elif not term.is_rubric:
+            note_model(run, "reward", term.name)
+    return reward
 
 
 def _normalised(reward: Reward, sampler: Sampler, train: PromptBatch, decoding: Decoding, seed: int) -> Reward:
@@ -207,6 +205,12 @@ def _normalised(reward: Reward, sampler: Sampler, train: PromptBatch, decoding: 
     rows = range(min(NORMALISE_ON, len(train.texts)))
     samples = sampler.sample([train.token_ids[i] for i in rows], [seed + i for i in rows], decoding)
     return reward.normalise([train.texts[i] for i in rows], sampler.texts(samples), [train.records[i] for i in rows])
+
+
+def _score_one(reward: Reward, sampler: Sampler, held_out: PromptBatch, decoding: Decoding, seed: int) -> None:
+    """A reward that fails on evaluation prompts, as one that asks for a label they lack, fails before the training."""
+    completions = sampler.texts(sampler.sample(held_out.token_ids[:1], [seed], decoding))
+    reward(held_out.texts[:1], completions, held_out.records[:1])
 
 
 def _batch(prompts: PromptBatch, step: int, config: PPOConfig) -> PromptBatch:
@@ -236,6 +240,17 @@ def _settings(config: PPOConfig, tiny_on_cpu: bool) -> PPOSettings:
     shared = PPOSettings.__dataclass_fields__.keys() & PPOConfig.model_fields.keys()
     limit = first_ratio_limit("fp32", tiny_on_cpu=tiny_on_cpu)
     return PPOSettings(total_steps=config.steps, ratio_limit=limit, **{name: getattr(config, name) for name in shared})
+
+
+def _warned_of_flat(run: RunDir, rollout: Rollout, step: int) -> bool:
+    """Whether all completions of the step got one and the same reward, which is then an event and a warning."""
+    low, high = float(rollout.scores.min()), float(rollout.scores.max())
+    flat = low == high and len(rollout.completions) > 1
+    if flat:
+        run.event("reward_flat", step=step, reward=low)
+        say(f"step {step}: the reward of all {len(rollout.completions)} completions is {low:g}: no difference to learn "
+            f"from; look at {run.path / 'rollouts.jsonl'}, and at the reward")
+    return flat
 
 
 def _records(rollout: Rollout, tensors: dict[str, torch.Tensor], sampler: Sampler, step: int) -> list[dict[str, Any]]:
@@ -276,37 +291,16 @@ def _finish(
     roles: Roles,
     held_out: PromptBatch,
     judge: TextClassifier,
+    reward: Reward,
     first: FirstStep | None,
     reason: str | None,
     step_s: float,
 ) -> dict[str, Any]:
-    """Evaluate both sides on held-out prompts by the independent judge, and write samples and summary."""
-    label, decoding = class_of(judge, config.want), Decoding(config.max_new_tokens)
-    sides = {
-        name: evaluate_side(
-            roles, role, held_out.token_ids, held_out.texts, judge, label, decoding, seed=config.seed + 10**6
-        )
-        for name, role in (("before", None), ("after", POLICY))
-    }
-    before, after = sides["before"], sides["after"]
-    run.write_samples(
-        {
-            "prompt_id": record.id,
-            "side": name,
-            "prompt": prompt,
-            "completion": side.completions[i],
-            "judge": float(side.judge[i]),
-            "kl": float(side.kl[i]),
-        }
-        for name, side in sides.items()
-        for i, (record, prompt) in enumerate(zip(held_out.records, held_out.texts, strict=True))
-    )
-    metrics = after.metrics() | {"eval/perplexity_ratio": perplexity_ratio(before, after)}
-    if first is not None:
-        metrics |= first.metrics()
-    baseline = before.metrics() | {"eval/perplexity_ratio": 1.0}
+    """Evaluate both sides on held-out prompts by judge and reward, and write samples and summary."""
+    sides = before_after(run, roles, held_out, judge, config.want, config.max_new_tokens, config.seed, reward)
+    metrics = sides.metrics | (first.metrics() if first is not None else {})
     artifacts = {"adapter": "adapter", "samples": "samples.jsonl", "rollouts": "rollouts.jsonl"}
-    return run.finish(metrics, baseline, after.intervals(), artifacts, step_s, reason=reason)
+    return run.finish(metrics, sides.baseline, sides.intervals, artifacts, step_s, reason=reason)
 
 
 def _write_state(run: RunDir, step: int, state: dict[str, Any]) -> None:
