@@ -220,7 +220,7 @@ def test_plan_and_config(shop):
     assert trained["prefix-full"] == 3 * one and trained["prefix"] == one
     assert trained["full"] == sum(v.numel() for v in load_file(Path(shop["t5"]) / "model.safetensors").values())
     assert plans["lora"]["rows"] == 24 and plans["lora"]["steps"] == 2
-    for name in ("summarize-tiny", "summarize-t5"):
+    for name in ("summarize-tiny", "summarize-xsum"):
         assert load_config(SummarizeConfig, name).method == "prefix-full"
 
 

@@ -14,7 +14,7 @@ from .overlap import words
 
 SENTIMENTS = ("negative", "positive")
 # Characters; in the tokens of tiny-gpt2 such a review leaves room for its answer in a context of 512.
-LONGEST_REVIEW = 1_800
+LONGEST_REVIEW = 2_000
 QUESTION = "Question: Is this review positive or negative, and why?"
 _PROMPT = re.compile(rf"Review: (.*)\n{re.escape(QUESTION)}", re.DOTALL)
 _LABEL = re.compile(r"\s*(negative|positive)\b[\s.:,;-]*", re.IGNORECASE)

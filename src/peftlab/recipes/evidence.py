@@ -14,7 +14,7 @@ from ..rewards.rubric import COMMON
 
 SHORTEST, LONGEST = 3, 12  # words
 WINDOW = 8
-FIRM = 1.5  # nats: the log-odds that a span has alone, at least; below it, by eye, a quarter says nothing
+FIRM = 1.25  # nats: the log-odds that a span has alone, at least; below it, by eye, a quarter says nothing
 # The spans that stand best alone; each costs the classifier a whole review more.
 OCCLUDED = 3
 _CLAUSE = re.compile(r"\s*(?:[,;:()\[\]*\n]|\s--?\s|\.\.+|…|\s(?=(?:but|because|although|though|while)\s))\s*")
