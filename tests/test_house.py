@@ -18,7 +18,7 @@ from peftlab.recipes import RECIPES, load
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = Path(peftlab.__file__).parent
 # Each storey may use those after it; the packages that share one do not know each other.
-STOREYS = [{"cli"}, {"recipes"}, {"training", "rl", "evaluation", "chat"}, {"rewards"}, {"sampling"}, {"models"}]
+STOREYS = [{"cli"}, {"recipes"}, {"training", "rl", "evaluation", "chat", "web"}, {"rewards"}, {"sampling"}, {"models"}]
 STOREYS += [{"data"}, {"ops"}]
 STOREY = {package: level for level, packages in enumerate(STOREYS) for package in packages}
 ANYWHERE = {"errors", "config", "runs"}  # what every storey may use; `report` is for recipes and cli
@@ -102,6 +102,7 @@ def test_the_arrows_are_seen():
         ("ops.kl", "models.heads"), ("rl.ppo", "chat.session"), ("models.roles", "recipes.ppo"), ("ops.kl", "numpy:"),
         ("runs.rundir", "torch:"), ("report.page", "recipes.sft"), ("rl.ppo", "runs.rundir"), ("errors", "typer:"),
         ("data.check", "rewards"), ("config", "recipes.sft"), ("sampling.sampler", "report"),
+        ("web.label", "runs.lock"), ("web.app", "chat.session"), ("data.labels", "web.app"),
     ]:
         assert breaks(name, target), f"{name} -> {target}"
 
@@ -150,7 +151,7 @@ def test_every_key_of_a_config_is_read(verb):
 def test_every_setting_of_ppo_is_read_by_it():
     from peftlab.rl.ppo import PPOSettings
 
-    assert PPOSettings.__dataclass_fields__.keys() - reads("rl.ppo") == set()
+    assert PPOSettings.__dataclass_fields__.keys() - (reads("rl.ppo") | reads("rl.trainer")) == set()
 
 
 @pytest.mark.parametrize("name", shipped_configs())

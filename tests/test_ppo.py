@@ -110,6 +110,32 @@ def test_critic_only_steps_leave_the_policy_alone(tiny_causal):
     assert any(not torch.equal(critic[name], value) for name, value in ppo.roles.critic_parameters().items())
 
 
+def test_one_epoch_without_a_clip_is_reinforce_with_a_baseline(tiny_causal):
+    """The policy's gradient is that of log p times (reward to go - value), whitened, written out token by token."""
+    free = {"epochs": 1, "minibatch_size": 32, "clip": 1e9, "max_grad_norm": 1e9, "lam": 1.0, "lr": 0.0}
+    ppo = trainer(tiny_causal, critic="adapter", kl=FixedKL(0.3), **free)
+    torch.nn.init.normal_(ppo.roles.head.linear.weight, std=0.3)  # a critic that says something
+    rollout, _, tensors = ppo.step(PROMPTS)
+    learned = list(ppo.roles.policy_parameters().values())
+    gradients = [parameter.grad.clone() for parameter in learned]
+
+    tokens = rollout.completion_ids
+    logprobs = ppo.roles.policy(rollout.ids, rollout.mask, tokens.shape[1]).log_softmax(-1)
+    terms, better = [], []
+    for row, length in enumerate(rollout.completion_mask.sum(1).tolist()):
+        for t in range(length):
+            better.append(float(tensors["reward"][row, t:length].sum() - rollout.values[row, t]))
+            terms.append(logprobs[row, t, tokens[row, t]])
+    baseline = torch.tensor(better)
+    weights = (baseline - baseline.mean()) / baseline.std(correction=0)
+    for parameter in learned:
+        parameter.grad = None
+    (-(weights * torch.stack(terms)).sum() / len(terms)).backward()
+    assert max(gradient.abs().max() for gradient in gradients) > 1e-2
+    for gradient, parameter in zip(gradients, learned, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)
+
+
 def test_shaped_rewards_sum_to_score_less_kl(tiny_causal):
     ppo = trainer(tiny_causal)
     rollout, _, _ = ppo.step(PROMPTS)

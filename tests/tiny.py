@@ -214,5 +214,8 @@ def overrides(shop: Mapping[str, str], verb: str, *pairs: str) -> list[str]:
         "ppo": ["model={gpt2}", "train_data={prompts}", "eval_data={prompts}", "max_new_tokens=8", "steps=2",
                 "prompts_per_step=8", "minibatch_size=4", "eval_prompts=6", "record_every=1", "lora.r=4",
                 "lora.alpha=8", "lr=1e-2"],
+        "rloo": ["model={gpt2}", "train_data={prompts}", "eval_data={prompts}", "max_new_tokens=8", "steps=2",
+                 "prompts_per_step=3", "samples_per_prompt=4", "eval_prompts=6", "record_every=1", "lora.r=4",
+                 "lora.alpha=8", "lr=1e-2"],
     }
     return ["device=cpu", *(pair.format(**shop) for pair in keys[verb]), *pairs]

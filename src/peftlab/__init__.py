@@ -28,9 +28,12 @@ _WHERE = {
     "shaped_rewards": "rl.rollout:shaped_rewards",
     "PPOSettings": "rl.ppo:PPOSettings",
     "PPOTrainer": "rl.ppo:PPOTrainer",
+    "RLOOSettings": "rl.rloo:RLOOSettings",
+    "RLOOTrainer": "rl.rloo:RLOOTrainer",
     "FixedKL": "rl.control:FixedKL",
     "AdaptiveKL": "rl.control:AdaptiveKL",
     "gae": "ops.advantages:gae",
+    "leave_one_out": "ops.advantages:leave_one_out",
     "exact_kl": "ops.kl:exact_kl",
 }
 __all__ = ["__version__", *_WHERE]

@@ -96,6 +96,7 @@ for _verb, _summary in {
     "summarize": "Teach an encoder-decoder to summarize: prefix tuning, LoRA, or all weights.",
     "reward": "Train a reward model on pairs of answers: which one is preferred?",
     "ppo": "Steer a language model with PPO: only its adapter learns.",
+    "rloo": "Steer a language model by several answers to each prompt, without a critic: only its adapter learns.",
     "dpo": "Steer a language model with pairs of answers, without a reward model: only its adapter learns.",
 }.items():
     _training_verb(_verb, _summary)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..data.tokenize import PLAIN_CHAT
 from ..errors import UserError
-from ..runs.checkpoint import MANIFEST, verify_manifest, write_manifest
+from ..runs.checkpoint import MANIFEST, verify_manifest, whole_folder, write_manifest
 from .backbone import Backbone, load_backbone, trunk
 from .catalog import resolve
 from .prefix import PREFIX_TYPE, PREFIX_WEIGHTS, attach_prefix, own_prefix, prefix_shapes, write_prefix
@@ -174,14 +174,15 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def save_adapter(model: Any, name: str, folder: Path, stack: Stack, dtype: str = "float32") -> Path:
     """Write adapter `name` of `model` as a plain PEFT folder with its stack and manifest. Nothing touches the Hub.
 
-    The lab's own prefix (`model.prefix`) is written in its own format.
+    The lab's own prefix (`model.prefix`) is written in its own format. `folder` is there whole, or not at all.
     """
-    if own := own_prefix(model):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_prefix(own, folder, stack.base, getattr(torch, dtype))
-    else:
-        write_peft(model, name, folder, stack.base, dtype)
-    return write_stack(folder, stack)
+    with whole_folder(folder) as place:
+        if own := own_prefix(model):
+            write_prefix(own, place, stack.base, getattr(torch, dtype))
+        else:
+            write_peft(model, name, place, stack.base, dtype)
+        write_stack(place, stack)
+    return folder
 
 
 def write_peft(model: Any, name: str, folder: Path, base: str, dtype: str = "float32") -> None:
@@ -195,12 +196,15 @@ def write_peft(model: Any, name: str, folder: Path, base: str, dtype: str = "flo
     save_file(stored, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config[name]
     config.base_model_name_or_path = base
-    was, config.inference_mode = config.inference_mode, True
+    before = config.inference_mode, config.target_modules
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):  # whose order differs from one process to the next
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
-    config.inference_mode = was
+    config.inference_mode, config.target_modules = before
 
 
-def write_stack(folder: Path, stack: Stack) -> Path:
+def write_stack(folder: Path, stack: Stack) -> None:
     """Copies of the adapters below, stack.json, and last the manifest of all that lies in `folder`."""
     for index, under in enumerate(stack.under):
         shutil.copytree(under, folder / "under" / str(index), dirs_exist_ok=True)
@@ -208,7 +212,6 @@ def write_stack(folder: Path, stack: Stack) -> Path:
     facts["under"] = [f"under/{index}" for index in range(len(stack.under))]
     (folder / "stack.json").write_text(json.dumps(facts, indent=1) + "\n")
     write_manifest(folder)
-    return folder
 
 
 def read_stack(folder: Path) -> Stack:

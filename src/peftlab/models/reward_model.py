@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..data.tokenize import encode
 from ..errors import UserError
+from ..runs.checkpoint import whole_folder
 from .adapters import (
     Lora,
     Stack,
@@ -138,15 +139,17 @@ class RewardModel:
         """Write every member with its head, and stack.json with what `load` needs; `stack` says what lies under."""
         from safetensors.torch import save_file
 
-        places = _places(folder, len(self.scale.members))
-        for member, place in enumerate(places):
-            write_peft(self.net.model, member_name(member), place, stack.base)
-            head = {name: value.cpu().contiguous() for name, value in self.net.heads[member].state_dict().items()}
-            save_file(head, place / HEAD_WEIGHTS, metadata={"format": "pt"})
-        if len(places) > 1:  # what marks an adapter's folder; all members are of one shape
-            shutil.copy(places[0] / "adapter_config.json", folder / "adapter_config.json")
-        facts = {**stack.extra, "max_length": self.max_length, **self.scale.facts()}
-        return write_stack(folder, replace(stack, kind="reward", extra=facts))
+        with whole_folder(folder) as whole:
+            places = _places(whole, len(self.scale.members))
+            for member, place in enumerate(places):
+                write_peft(self.net.model, member_name(member), place, stack.base)
+                head = {name: value.cpu().contiguous() for name, value in self.net.heads[member].state_dict().items()}
+                save_file(head, place / HEAD_WEIGHTS, metadata={"format": "pt"})
+            if len(places) > 1:  # what marks an adapter's folder; all members are of one shape
+                shutil.copy(places[0] / "adapter_config.json", whole / "adapter_config.json")
+            facts = {**stack.extra, "max_length": self.max_length, **self.scale.facts()}
+            write_stack(whole, replace(stack, kind="reward", extra=facts))
+        return folder
 
     def token_ids(self, prompts: Sequence[str], completions: Sequence[str]) -> list[list[int]]:
         """Prompt, answer, EOS. Texts do not tell whether their EOS was sampled, so each is scored as one that ended:

@@ -25,17 +25,18 @@ class Roles:
     """One base in memory, read in three roles.
 
     `critic = "shared"` puts the value head on the policy's own final states (one pass serves both); "adapter" gives
-    the critic a LoRA of its own.
+    the critic a LoRA of its own; "none" leaves it out, and every value is 0.
     """
 
-    def __init__(self, backbone: Backbone, lora: Lora, critic: Literal["shared", "adapter"] = "shared") -> None:
+    def __init__(self, backbone: Backbone, lora: Lora, critic: Literal["shared", "adapter", "none"] = "shared") -> None:
         self.tokenizer = backbone.tokenizer
         self.critic = critic
         self.twin = _twin(backbone.model)
         self.model: Any = attach(backbone.model, lora, POLICY, base=backbone.name)
         if critic == "adapter":
             attach(self.model, lora, VALUE)
-        self.head = ScalarHead(backbone.model.config.hidden_size).to(backbone.device)
+        width = backbone.model.config.hidden_size
+        self.head = None if critic == "none" else ScalarHead(width).to(backbone.device)
         self.model.requires_grad_(False)
         for parameter in self.policy_parameters().values():
             parameter.requires_grad_(True)
@@ -45,23 +46,25 @@ class Roles:
 
     @property
     def device(self) -> torch.device:
-        return self.head.linear.weight.device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         return adapter_parameters(self.model, POLICY)
 
     def critic_parameters(self) -> dict[str, nn.Parameter]:
+        if self.head is None:
+            return {}
         own = adapter_parameters(self.model, VALUE) if self.critic == "adapter" else {}
         return own | {f"value_head.{n}": p for n, p in self.head.named_parameters()}
 
     def policy_and_values(self, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         """Policy logits (B, keep, V) and values (B, keep) for the last `keep` tokens; V_t is read before token t."""
-        activate(self.model, POLICY)
-        if self.critic == "shared":
+        if self.critic == "shared" and self.head is not None:
+            activate(self.model, POLICY)
             logits, states = causal_logits_and_states(self.model, ids, mask, keep)
             return logits, self.head(states)
-        logits = causal_logits(self.model, ids, mask, keep)
-        return logits, self.values(ids, mask, keep)
+        return self.policy(ids, mask, keep), self.values(ids, mask, keep)
 
     def policy(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
         """Policy logits (B, keep, V)."""
@@ -69,7 +72,9 @@ class Roles:
         return causal_logits(self.model, ids, mask, keep)
 
     def values(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
-        """The critic's values (B, keep)."""
+        """The critic's values (B, keep); 0 without one, at no cost."""
+        if self.head is None:
+            return torch.zeros(len(ids), keep, device=ids.device)
         activate(self.model, POLICY if self.critic == "shared" else VALUE)
         values: Tensor = self.head(causal_states(self.model, ids, mask, keep))
         activate(self.model, POLICY)
@@ -119,12 +124,14 @@ class Roles:
 
     def bytes_per_role(self) -> dict[str, int]:
         """Bytes of the shared base, of each role's own tensors, and of the sampler's copy beyond what it shares."""
-        base = self.frozen_parameters().values()
-        shared = {p.data_ptr() for p in base}
+        frozen = self.frozen_parameters()
+        shared = {p.data_ptr() for p in frozen.values()}
+        reward = [p for name, p in frozen.items() if ".lora_" in name]  # that of a reward model which joined the base
         return {
-            "base": parameter_bytes(base),
+            "base": parameter_bytes(frozen.values()) - parameter_bytes(reward),
+            **({"reward": parameter_bytes(reward)} if reward else {}),
             "policy": parameter_bytes(self.policy_parameters().values()),
-            "value": parameter_bytes(self.critic_parameters().values()),
+            **({"value": parameter_bytes(self.critic_parameters().values())} if self.head is not None else {}),
             "sampler": parameter_bytes(p for p in self.twin.parameters() if p.data_ptr() not in shared),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-RECIPES = ("pretrain", "sft", "classify", "summarize", "ppo")
+RECIPES = ("pretrain", "sft", "classify", "summarize", "reward", "ppo", "rloo", "dpo")
 
 
 def load(verb: str) -> ModuleType:

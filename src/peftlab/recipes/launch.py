@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, load_config, to_toml
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted, LabError, UserError
 from ..report import render
 from ..runs.progress import say
 from ..runs.rundir import RunDir, ended_runs
@@ -40,10 +41,17 @@ def start(verb: str, config: Config, root: Path, name: str, resume: bool = False
         say(f"{name}: resuming this run")
     try:
         summary: dict[str, Any] = load(verb).run(config, run)
-    finally:
-        if (run.path / "summary.json").is_file():
-            render(run.path)
+    except BaseException:
+        with contextlib.suppress(LabError):  # on a full disk: the first error is the one to tell
+            _report(run)
+        raise
+    _report(run)
     return summary
+
+
+def _report(run: RunDir) -> None:
+    if (run.path / "summary.json").is_file():
+        render(run.path)
 
 
 def stopped(signum: int, words: list[str]) -> Interrupted:

@@ -1,87 +1,32 @@
 """PPO on a LoRA policy: steer how a language model continues reviews.
 
-Read `run` top to bottom: it is the whole job. The algorithm is `rl/ppo.py`, `step`.
+Read `run` top to bottom: it is the whole job, in verbs of `rl_common.py`. The algorithm is `rl/ppo.py`, `step`.
 """
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
-from ..config import Config
-from ..data.sources import load_records
-from ..errors import Interrupted, LabError, UserError
-from ..models.adapters import Lora, Stack, load_stack, save_adapter, stack_over
-from ..models.backbone import Backbone, pick_device
-from ..models.classifier import TextClassifier
-from ..models.roles import POLICY, Roles
-from ..rewards.parts import Reward
-from ..rewards.sentiment import class_of
-from ..rewards.spec import reward_of, terms
-from ..rl.control import AdaptiveKL, FixedKL
+from ..models.roles import Roles
 from ..rl.ppo import PPOSettings, PPOTrainer
-from ..rl.rollout import FirstStep, PromptBatch, Rollout
-from ..runs.metrics import first_ratio_limit
-from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
-from ..sampling.sampler import Decoding, Sampler
-from .before_after import before_after, prompt_batch
-from .common import note_function, note_model, resume_point, seed_everything
-
-RECORDED_ROWS = 4
-NORMALISE_ON = 256
+from .common import seed_everything
+from .rl_common import PolicyConfig, controller, finish, policy_base, prepare, settings_of, sizes, train
 
 
-class PPOConfig(Config):
-    """Every key of `peftlab ppo`. Times are in steps (one rollout and its update), lengths in tokens, KL in nats."""
+class PPOConfig(PolicyConfig):
+    """Every key of `peftlab ppo`: those of `PolicyConfig`, and the critic's."""
 
     recipe: Literal["ppo"] = "ppo"
-    model: str = Field("tiny-gpt2", description="a base model, or an adapter (an SFT run's) that becomes the reference")
-    train_data: str = "imdb:train"
-    eval_data: str = "imdb:prompts"
-    want: Literal["positive", "negative"] = "positive"
-    reward: str = Field(
-        "imdb-sentiment",
-        description="parts joined by +, as in imdb-sentiment + 0.5*rubric:length: classifiers (log-odds of `want`), "
-        "reward models, parts of the rubric, module:function",
-    )
-    style: list[str] = Field([], description="patterns of rubric:style that an answer keeps to; behind a !, avoids")
-    judge: str = Field("imdb-judge", description="classifier of the evaluation; never the reward's")
-    prompt_tokens: tuple[int, int] = (2, 8)
-    max_new_tokens: int = Field(24, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    steps: int = Field(100, ge=1)
-    prompts_per_step: int = Field(128, ge=1)
-    minibatch_size: int = Field(64, ge=1)
-    epochs: int = Field(2, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    critic_lr: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(5, ge=0)
     critic: Literal["shared", "adapter"] = "shared"
+    critic_lr: float = Field(1e-3, gt=0)
     critic_warmup: int = Field(0, ge=0, description="first steps that train the critic alone")
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
-    clip: float = Field(0.2, gt=0)
     value_clip: float = Field(0.2, gt=0)
     value_coef: float = Field(0.1, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    eos_penalty: float = 0.0
-    epoch_kl_stop: float = Field(0.02, description="nats a token from the sampling policy at which a step's epochs end")
-    kl_coef: float = Field(0.1, ge=0)
-    kl_target: float = Field(0.0, ge=0, description="nats a completion that an adaptive coefficient aims at; 0 = fixed")
-    kl_horizon: float = Field(10_000, gt=0, description="completions over which the coefficient adapts")
-    kl_stop: float = Field(0.0, ge=0, description="nats a completion at which the run ends; 0 = never")
-    eval_prompts: int = Field(256, ge=1)
-    save_every: int = Field(20, ge=1)
-    record_every: int = Field(10, ge=1, description="steps between recorded rollouts")
-    seed: int = Field(0, ge=0, lt=2**32)
-    device: str = "auto"
-    lora: Lora = Lora()
 
 
 CONFIG = PPOConfig
@@ -93,222 +38,17 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         if run.finished:
             return run.summary or {}
         seed_everything(config.seed)
-        backbone, under = load_stack(config.model, device=config.device)
-        if under.kind != "causal":
-            raise UserError(f"model {config.model}: a {under.kind}; ppo needs a causal language model or its adapter")
-        context = backbone.model.config.max_position_embeddings
-        if config.prompt_tokens[1] + config.max_new_tokens > context:
-            raise UserError(
-                f"max_new_tokens: prompts of up to {config.prompt_tokens[1]} tokens and {config.max_new_tokens} new "
-                f"ones exceed the context of {config.model}, {context} tokens"
-            )
-        note_model(run, "model", config.model, backbone.fingerprint)
+        backbone, under = policy_base(config, run)
         roles = Roles(backbone, config.lora, config.critic)
-        ground = replace(backbone, model=roles.model), stack_over(config.model, under, roles.tokenizer)
-        reward = _reward(config, run, ground)
-        base_hash = roles.frozen_hash()
-        run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
-
-        train = prompt_batch(run, config.train_data, roles.tokenizer, config.prompt_tokens, config.seed)
-        # Loaded before training, so that a judge or data that is not there costs seconds.
-        held_out = prompt_batch(
-            run, config.eval_data, roles.tokenizer, config.prompt_tokens, config.seed, config.eval_prompts
+        job = prepare(config, run, roles, backbone, under)
+        settings = settings_of(PPOSettings, config, job)
+        trainer = PPOTrainer(
+            roles, job.sampler, job.reward, controller(config), settings, job.decoding, config.seed
         )
-        judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
-        class_of(judge, config.want)
-        note_model(run, "judge", config.judge)
-        sampler = Sampler(roles.twin, roles.tokenizer)
-        decoding = Decoding(config.max_new_tokens, config.temperature)
-        checkpoint = resume_point(run)
-        state = _read_state(checkpoint) if checkpoint else None
-        if state is None:
-            reward = _normalised(reward, sampler, train, decoding, config.seed)
-            _score_one(reward, sampler, held_out, decoding, config.seed)
-        else:
-            reward = reward.with_state(state["reward"])
-        settings = _settings(config, tiny_on_cpu=under.base == "tiny-gpt2" and roles.device.type == "cpu")
-        trainer = PPOTrainer(roles, sampler, reward, _controller(config), settings, decoding, config.seed)
-        if state is not None:
-            trainer.load_state_dict(state["trainer"])
-
-        reason: str | None = state["reason"] if state else None
-        seconds: list[float] = []
-        flat = False
-        progress = Progress(config.steps)
-        while trainer.steps_done < config.steps and reason is None:
-            prompts = _batch(train, trainer.steps_done, config)
-            try:
-                rollout, stats, token_tensors = trainer.step(prompts)
-            except LabError:  # a broken invariant is in the log, and so in summary.json, before the run stops
-                run.log(trainer.first.metrics() if trainer.first else {}, trainer.steps_done)
-                raise
-            step = trainer.steps_done
-            run.log(stats, step)
-            seconds.append(stats["time/step_s"])
-            flat = flat or _warned_of_flat(run, rollout, step)
-            progress.show(step, f"reward {stats['reward/mean']:.2f}  KL {stats['kl/reference']:.2f}")
-            if step == 1 or step % config.record_every == 0:
-                run.append_rollouts(_records(rollout, token_tensors, sampler, step))
-            if config.kl_stop and stats["kl/reference"] > config.kl_stop:
-                reason = f"kl/reference {stats['kl/reference']:.2f} passed kl_stop {config.kl_stop} at step {step}"
-            signum = run.stop_requested
-            if signum or reason or step % config.save_every == 0 or step == config.steps:
-                _write_state(run, step, {"trainer": trainer.state_dict(), "reward": reward.state(), "reason": reason})
-            if signum:
-                raise Interrupted(signum)
-
-        if roles.frozen_hash() != base_hash:
-            raise LabError("the frozen base changed during training; its adapter was not saved")
-        folder = run.path / "adapter"
-        stack = stack_over(config.model, under, roles.tokenizer, recipe="ppo", want=config.want)
-        save_adapter(roles.model, POLICY, folder, stack)
-        step_s = statistics.median(seconds or [0.0])
-        return _finish(config, run, roles, held_out, judge, reward, trainer.first, reason, step_s)
+        reason, step_s = train(config, run, job, trainer)
+        return finish(config, run, job, trainer, reason, step_s)
 
 
 def plan(config: PPOConfig) -> dict[str, Any]:
     """What `--dry-run` prints: sizes of the job, nothing trained."""
-    backbone, under = load_stack(config.model, device="cpu")
-    roles = Roles(backbone, config.lora, config.critic)
-    prompts = load_records(config.train_data, "prompts", seed=config.seed).records
-    rollouts = config.steps * config.prompts_per_step
-    vocabulary = backbone.model.config.vocab_size
-    logits = config.minibatch_size * config.max_new_tokens * vocabulary * 4
-    return {
-        "base": under.base,
-        "device": str(pick_device(config.device)),
-        "bytes": roles.bytes_per_role(),
-        "trained parameters": sum(p.numel() for p in (roles.policy_parameters() | roles.critic_parameters()).values()),
-        "prompts": len(prompts),
-        "rollouts": rollouts,
-        "tokens sampled": rollouts * config.max_new_tokens,
-        "bytes of one minibatch's logits": logits,
-    }
-
-
-def _reward(config: PPOConfig, run: RunDir, ground: tuple[Backbone, Stack]) -> Reward:
-    """The reward that the config names, its parts noted in the run; a reward model may join the policy's base."""
-    named = terms(config.reward)
-    if any(term.name == config.judge for term in named):
-        raise UserError(f"judge: {config.judge} is the reward too; an independent judge is another classifier")
-    reward = reward_of(config.reward, config.want, config.style, config.device, ground)
-    for term in named:
-        if term.is_function:
-            note_function(run, "reward", term.name)
-        elif not term.is_rubric:
-            note_model(run, "reward", term.name)
-    return reward
-
-
-def _normalised(reward: Reward, sampler: Sampler, train: PromptBatch, decoding: Decoding, seed: int) -> Reward:
-    """Gain and bias from completions of the SFT model, which the fresh policy still equals."""
-    rows = range(min(NORMALISE_ON, len(train.texts)))
-    samples = sampler.sample([train.token_ids[i] for i in rows], [seed + i for i in rows], decoding)
-    return reward.normalise([train.texts[i] for i in rows], sampler.texts(samples), [train.records[i] for i in rows])
-
-
-def _score_one(reward: Reward, sampler: Sampler, held_out: PromptBatch, decoding: Decoding, seed: int) -> None:
-    """A reward that fails on evaluation prompts, as one that asks for a label they lack, fails before the training."""
-    completions = sampler.texts(sampler.sample(held_out.token_ids[:1], [seed], decoding))
-    reward(held_out.texts[:1], completions, held_out.records[:1])
-
-
-def _batch(prompts: PromptBatch, step: int, config: PPOConfig) -> PromptBatch:
-    """The prompts of a step: a function of seed and step alone, so the data cursor is the step number.
-
-    Runs through a fresh permutation of all prompts before any repeats.
-    """
-    total, size = len(prompts.texts), config.prompts_per_step
-    rows: list[int] = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, offset = divmod(position, total)
-        if not rows or offset == 0:
-            order = torch.randperm(total, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
-        rows.append(int(order[offset]))
-    return PromptBatch(
-        [prompts.token_ids[i] for i in rows], [prompts.texts[i] for i in rows], [prompts.records[i] for i in rows]
-    )
-
-
-def _controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
-    if config.kl_target:
-        return AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-    return FixedKL(config.kl_coef)
-
-
-def _settings(config: PPOConfig, tiny_on_cpu: bool) -> PPOSettings:
-    shared = PPOSettings.__dataclass_fields__.keys() & PPOConfig.model_fields.keys()
-    limit = first_ratio_limit("fp32", tiny_on_cpu=tiny_on_cpu)
-    return PPOSettings(total_steps=config.steps, ratio_limit=limit, **{name: getattr(config, name) for name in shared})
-
-
-def _warned_of_flat(run: RunDir, rollout: Rollout, step: int) -> bool:
-    """Whether all completions of the step got one and the same reward, which is then an event and a warning."""
-    low, high = float(rollout.scores.min()), float(rollout.scores.max())
-    flat = low == high and len(rollout.completions) > 1
-    if flat:
-        run.event("reward_flat", step=step, reward=low)
-        say(f"step {step}: the reward of all {len(rollout.completions)} completions is {low:g}: no difference to learn "
-            f"from; look at {run.path / 'rollouts.jsonl'}, and at the reward")
-    return flat
-
-
-def _records(rollout: Rollout, tensors: dict[str, torch.Tensor], sampler: Sampler, step: int) -> list[dict[str, Any]]:
-    """The first rows of a rollout, token by token, for the inspector."""
-    columns = {
-        "logprob": rollout.logprobs,
-        "ref_logprob": rollout.ref_logprobs,
-        "kl": rollout.logprobs - rollout.ref_logprobs,
-        "value": rollout.values,
-        **tensors,
-    }
-    rows = []
-    for i in range(min(RECORDED_ROWS, len(rollout.completions))):
-        length = int(rollout.completion_mask[i].sum())
-        numbers = {name: values[i, :length].tolist() for name, values in columns.items()}
-        texts = [sampler.tokenizer.decode([t]) for t in rollout.completion_ids[i, :length].tolist()]
-        tokens = [
-            {"token": text, **{name: round(values[t], 6) for name, values in numbers.items()}}
-            for t, text in enumerate(texts)
-        ]
-        rows.append(
-            {
-                "step": step,
-                "prompt_id": rollout.prompts.records[i].id,
-                "prompt": rollout.prompts.texts[i],
-                "completion": rollout.completions[i],
-                "score": float(rollout.scores[i]),
-                "score_parts": {name: float(part[i]) for name, part in rollout.score_parts.items()},
-                "tokens": tokens,
-            }
-        )
-    return rows
-
-
-def _finish(
-    config: PPOConfig,
-    run: RunDir,
-    roles: Roles,
-    held_out: PromptBatch,
-    judge: TextClassifier,
-    reward: Reward,
-    first: FirstStep | None,
-    reason: str | None,
-    step_s: float,
-) -> dict[str, Any]:
-    """Evaluate both sides on held-out prompts by judge and reward, and write samples and summary."""
-    sides = before_after(run, roles, held_out, judge, config.want, config.max_new_tokens, config.seed, reward)
-    metrics = sides.metrics | (first.metrics() if first is not None else {})
-    artifacts = {"adapter": "adapter", "samples": "samples.jsonl", "rollouts": "rollouts.jsonl"}
-    return run.finish(metrics, sides.baseline, sides.intervals, artifacts, step_s, reason=reason)
-
-
-def _write_state(run: RunDir, step: int, state: dict[str, Any]) -> None:
-    with run.checkpoints.stage(step) as folder:
-        torch.save(state, folder / "state.pt")
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    """weights_only: a checkpoint holds tensors and plain numbers, and nothing else is ever unpickled."""
-    state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    return state
+    return sizes(config, config.critic)

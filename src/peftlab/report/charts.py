@@ -50,7 +50,7 @@ _GROUPS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
             ("", ("policy/loss",)),
             ("", ("policy/grad_norm",)),
             ("Ended by EOS", ("rollout/eos_fraction", "eval/eos_fraction")),
-            ("", ("reward/std",)),
+            ("Spread of the reward", ("reward/std", "reward/group_std")),
             ("", ("advantage/mean",)),
             ("", ("advantage/std",)),
             ("", ("policy/ratio_error",)),

@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from ..runs.atomic import write_text
 from . import text
-from .samples import TOKEN_COLUMNS
 from .svg import swatch
 from .view import view_run
 
@@ -37,7 +36,6 @@ _TEMPLATES.globals.update(
     visible=text.visible,
     sentence=text.sentence,
     swatch=swatch,
-    token_columns=TOKEN_COLUMNS,
     shown_samples=SHOWN_SAMPLES,
 )
 

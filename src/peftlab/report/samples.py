@@ -54,12 +54,16 @@ class Token:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled rollout; `left_out` counts the tokens past the page's bound."""
+    """One sampled rollout; `left_out` counts the tokens past the page's bound.
+
+    `columns` are those that its tokens hold: without a critic there is no `value`.
+    """
 
     prompt_id: str
     prompt: str
     score: str
     parts: list[tuple[str, str]]
+    columns: list[str]
     tokens: list[Token]
     left_out: int
 
@@ -83,6 +87,7 @@ def rollout_of(row: Row) -> Rollout:
     shown = tokens[:MOST_TOKENS]
     largest = max((abs(as_number(token.get("advantage")) or 0.0) for token in shown), default=0.0)
     parts = row.get("score_parts")
+    columns = [name for name in TOKEN_COLUMNS if name != "value" or any(name in token for token in shown)]
     return Rollout(
         prompt_id=str(row.get("prompt_id", "")),
         prompt=str(row.get("prompt", "")),
@@ -90,7 +95,8 @@ def rollout_of(row: Row) -> Rollout:
         parts=[(str(n), text.signed(as_number(v))) for n, v in parts.items()]
         if isinstance(parts, dict)
         else [],
-        tokens=[_token(token, largest) for token in shown],
+        columns=columns,
+        tokens=[_token(token, columns, largest) for token in shown],
         left_out=len(tokens) - len(shown),
     )
 
@@ -116,8 +122,8 @@ def _cell(value: Any) -> str:
     return text.number(value) if isinstance(value, float) else str(value)
 
 
-def _token(token: Row, largest: float) -> Token:
-    values = {key: as_number(token.get(key)) for key in TOKEN_COLUMNS}
+def _token(token: Row, columns: list[str], largest: float) -> Token:
+    values = {key: as_number(token.get(key)) for key in columns}
     advantage = values["advantage"]
     return Token(
         token=str(token.get("token", "")),

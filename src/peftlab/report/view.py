@@ -75,6 +75,11 @@ class RunView:
     stages: list[RunView]
 
     @property
+    def critic(self) -> bool:
+        """Whether its rollouts hold a critic's values; without one an advantage compares the answers of a prompt."""
+        return any("value" in rollout.columns for _, rows in self.rollouts for rollout in rows)
+
+    @property
     def contents(self) -> list[tuple[str, str]]:
         """(anchor, heading) of the sections that this run has."""
         sections = [

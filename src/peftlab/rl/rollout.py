@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import LabError
 from ..models.roles import Roles
-from ..ops.kl import exact_kl
+from ..ops.kl import exact_kl, k1, k3
 from ..ops.logprobs import token_logprobs
 from ..ops.masks import masked_sum
 from ..sampling.sampler import Decoding, Sampler, Samples
@@ -27,6 +27,19 @@ class PromptBatch:
     texts: list[str]
     records: list[Any]
 
+    def take(self, rows: Iterable[int]) -> PromptBatch:
+        """The prompts of these rows, in their order."""
+        chosen = list(rows)
+        return PromptBatch(
+            [self.token_ids[row] for row in chosen],
+            [self.texts[row] for row in chosen],
+            [self.records[row] for row in chosen],
+        )
+
+    def repeated(self, k: int) -> PromptBatch:
+        """Each prompt k times, its copies side by side: B * k rows."""
+        return self.take(row for row in range(len(self.texts)) for _ in range(k))
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -39,7 +52,7 @@ class Rollout:
     completions      B texts
     logprobs         (B, C) of the policy while it sampled
     ref_logprobs     (B, C) of the frozen reference
-    values           (B, C) the critic's estimate before each token
+    values           (B, C) the critic's estimate before each token; 0 without a critic
     scores           (B,)   reward of the whole completion
     score_parts      {name: (B,)}
     """
@@ -119,6 +132,22 @@ def shaped_rewards(rollout: Rollout, kl_coef: float, eos_penalty: float = 0.0) -
     scores = rollout.scores - eos_penalty * ~rollout.ended
     last = mask.sum(1).clamp(min=1) - 1
     return rewards.scatter_add(1, last.unsqueeze(1), scores.unsqueeze(1))
+
+
+def describe(rollout: Rollout) -> dict[str, float]:
+    """Metrics of a rollout itself, whatever algorithm learns from it."""
+    mask = rollout.completion_mask
+    lengths = mask.sum(1).float()
+    stats = {
+        "reward/mean": rollout.scores.mean(),
+        "reward/std": rollout.scores.std(unbiased=False),
+        "kl/reference": masked_sum(k1(rollout.logprobs, rollout.ref_logprobs), mask).mean(),
+        "kl/k3": masked_sum(k3(rollout.logprobs, rollout.ref_logprobs), mask).mean(),
+        "rollout/length": lengths.mean(),
+        "rollout/eos_fraction": rollout.ended.float().mean(),
+    }
+    stats |= {f"reward/part/{name}": part.mean() for name, part in rollout.score_parts.items()}
+    return {name: float(value) for name, value in stats.items()}
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ _N = "nats"
 _REGISTRY = [
     Metric(
         "train/loss",
-        "Mean cross-entropy per counted target token (per row for a classifier), averaged over the "
-        "optimizer steps since the last log.",
+        "Mean cross-entropy per counted target token (per row for a classifier; dpo: its loss per pair), averaged over "
+        "the optimizer steps since the last log.",
         unit="nats", better="lower",
     ),
     Metric("train/lr", "Learning rate of the step just taken."),
@@ -55,6 +55,29 @@ _REGISTRY = [
         "train/tokens_per_s",
         "Tokens that are not padding, per second of training, since the last log.",
         unit="tokens/s", better="higher",
+    ),
+    Metric(
+        "train/reward_margin",
+        "beta * (s(chosen) - s(rejected)), mean over the pairs trained on since the last log: by how much the "
+        "policy's implicit reward prefers the chosen answer. s is log p(answer) - log q(answer) of policy p and "
+        "reference q, summed over the answer's tokens (loss=ipo: their mean).",
+        better="higher", source="Rafailov et al. 2023, section 4",
+    ),
+    Metric(
+        "train/pair_accuracy",
+        "Share of those pairs whose chosen answer has the higher s; a tie counts one half.",
+        better="higher",
+    ),
+    Metric(
+        "train/chosen_change",
+        "log p(chosen) - log q(chosen) of policy p and reference q, summed over the answer's tokens, mean over "
+        "those pairs.",
+        unit="nats", source="often falls too while the margin grows: watch the samples",
+    ),
+    Metric(
+        "train/rejected_change",
+        "The same of the rejected answers.",
+        unit="nats", better="lower",
     ),
     Metric(
         "eval/accuracy",
@@ -79,8 +102,9 @@ _REGISTRY = [
     ),
     Metric(
         "eval/temperature",
-        "What the classifier's logits are divided by before probabilities are taken: fitted on training rows kept "
-        "aside, and saved with the adapter. 1 changes nothing; above 1 it was too sure.",
+        "What a classifier's logits, or a reward model's differences of raw scores, are divided by before "
+        "probabilities are taken: fitted on training rows kept aside, and saved with the adapter. 1 changes nothing; "
+        "above 1 it was too sure.",
         source="Guo et al. 2017",
     ),
     Metric(
@@ -132,6 +156,61 @@ _REGISTRY = [
         "Share of the held-out pairs whose chosen answer scores above the rejected one; a tie counts one "
         "half.",
         better="higher",
+    ),
+    Metric(
+        "eval/reward_margin",
+        "beta * (s(chosen) - s(rejected)), mean over the held-out pairs: by how much the "
+        "policy's implicit reward prefers the chosen answer. s is log p(answer) - log q(answer) of policy p and "
+        "reference q, summed over the answer's tokens (loss=ipo: their mean).",
+        better="higher", source="Rafailov et al. 2023, section 4",
+    ),
+    Metric(
+        "eval/chosen_change",
+        "log p(chosen) - log q(chosen) of policy p and reference q, summed over the answer's tokens, mean over "
+        "the held-out pairs.",
+        unit="nats", source="often falls too while the margin grows: watch the samples",
+    ),
+    Metric(
+        "eval/rejected_change",
+        "The same of the rejected answers.",
+        unit="nats", better="lower",
+    ),
+    *(
+        Metric(
+            f"eval/pair_accuracy_{what}_{third}",
+            f"The same over the third of the held-out pairs whose {words} is {size}.",
+            better="higher",
+        )
+        for what, words, sizes in (
+            ("margin", "margin in the data", ("smallest", "neither small nor large", "largest")),
+            ("length", "length in tokens, chosen minus rejected,", ("smallest", "near the middle", "largest")),
+        )
+        for third, size in zip(("low", "middle", "high"), sizes, strict=True)
+    ),
+    Metric(
+        "eval/ood_pair_accuracy",
+        "eval/pair_accuracy on the pairs that the key `ood_data` names: answers of another policy.",
+        better="higher",
+    ),
+    Metric(
+        "eval/length_correlation",
+        "Spearman's rank correlation of an answer's score with its length in tokens, over the chosen and the rejected "
+        "answers of the held-out pairs. Beside it, compare/pair_accuracy_longer says how far length decides the pairs.",
+        source="Singhal et al. 2023: much of what reward models reward is length",
+    ),
+    Metric(
+        "compare/pair_accuracy_longer",
+        "Pair accuracy on the same pairs of whoever always prefers the answer of more tokens.",
+    ),
+    Metric(
+        "compare/pair_accuracy_member",
+        "Mean over the members of an ensemble of the pair accuracy of each alone, on the same pairs.",
+        better="higher",
+    ),
+    Metric(
+        "agreement/*",
+        "Of the held-out pairs that this part of the rubric tells apart, the share in which the reward model gives the "
+        "higher score to the answer that the part prefers; a tie counts one half.",
     ),
     Metric(
         "eval/judge",
@@ -235,6 +314,13 @@ _REGISTRY = [
         source="a fresh LoRA equals its base bitwise",
     ),
     Metric(
+        "invariant/first_loss_error",
+        "|loss / expected - 1| of dpo's first pairs, before the first update: a policy that equals its reference has "
+        "the loss ln 2, with loss=ipo 1 / (2 beta)^2.",
+        healthy=(0, 1e-6), better="lower", limit=1e-6,
+        source="both log-ratios are exactly 0 there; what is left is rounding in float32",
+    ),
+    Metric(
         "invariant/first_ratio_error",
         "Largest |exp(logp recomputed - logp sampled) - 1| over the counted tokens of the first batch, "
         "before the first update.",
@@ -253,6 +339,12 @@ _REGISTRY = [
         "Standard deviation of that reward over the step's rollouts.",
         healthy=(0.1, None),
         source="judgement: with rewards normalised to variance 1, near 0 leaves nothing to learn from",
+    ),
+    Metric(
+        "reward/group_std",
+        "Standard deviation (n - 1) of the return, reward less KL penalty, among the completions of one prompt, mean "
+        "over the step's prompts: what rloo learns from.",
+        healthy=(0.1, None), source="as reward/std; a prompt whose completions are paid alike teaches nothing",
     ),
     Metric(
         "reward/part/*",
@@ -276,8 +368,8 @@ _REGISTRY = [
     Metric("kl/coef", "Coefficient beta of the per-token KL penalty in this step's rewards."),
     Metric(
         "policy/loss",
-        "Clipped surrogate loss per counted token, mean over the step's minibatches; its level says little, "
-        "since advantages are whitened.",
+        "Clipped surrogate loss per counted token (rloo: per completion, over its length_normaliser), mean over the "
+        "step's minibatches; its level says little, since advantages are centred.",
         source="Schulman et al. 2017, eq. 7",
     ),
     Metric(
@@ -309,7 +401,7 @@ _REGISTRY = [
     ),
     Metric(
         "policy/grad_norm",
-        "L2 norm of the gradient over all trained parameters, policy and critic, before clipping, mean over "
+        "L2 norm of the gradient over all trained parameters, policy and any critic, before clipping, mean over "
         "the step's minibatches.",
     ),
     Metric(

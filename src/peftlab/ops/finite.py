@@ -1,0 +1,25 @@
+"""Which numbers are not finite, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def not_finite(named: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, in the order given. Waits for the device once, not once each."""
+    if not named:
+        return []
+    fine = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in named.values()]).tolist()
+    return [name for name, good in zip(named, fine, strict=True) if not good]
+
+
+def first_not_finite(tensor: Tensor) -> tuple[list[int], float] | None:
+    """Index and value of the first entry that is NaN or infinite; None where all are finite."""
+    found = (~torch.isfinite(tensor.detach())).nonzero()
+    if not len(found):
+        return None
+    index = found[0].tolist()
+    return index, float(tensor[tuple(index)])

@@ -1,0 +1,195 @@
+"""What PPO and RLOO share: the check of the first step, epochs over one rollout, the optimizer, resume to the bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LabError
+from ..models.roles import Roles
+from ..ops.kl import k3
+from ..ops.logprobs import entropy
+from ..ops.masks import masked_mean
+from ..sampling.sampler import Decoding, Sampler
+from .control import AdaptiveKL, FixedKL
+from .finite import require_finite, require_finite_weights
+from .rollout import FirstStep, PromptBatch, Rollout, ScoreFunction, collect_rollout, describe, first_step
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """Hyperparameters of any update; docs/ppo.md gives each one's source. `minibatch_size` 0 takes the whole step."""
+
+    lr: float = 1e-4
+    minibatch_size: int = 0
+    epochs: int = 1
+    clip: float = 0.2
+    max_grad_norm: float = 1.0
+    epoch_kl_stop: float = 0.02
+    eos_penalty: float = 0.0
+    total_steps: int = 100
+    warmup_steps: int = 10
+    ratio_limit: float = 1e-4
+
+
+Settings = TypeVar("Settings", bound=UpdateSettings)
+
+
+class PolicyTrainer(Generic[Settings]):
+    """Holds what a step needs, and the verbs that it is made of; the algorithm is `step`, of a subclass."""
+
+    def __init__(
+        self,
+        roles: Roles,
+        sampler: Sampler,
+        reward: ScoreFunction,
+        kl: FixedKL | AdaptiveKL,
+        settings: Settings,
+        decoding: Decoding,
+        seed: int = 0,
+    ) -> None:
+        self.roles, self.sampler, self.reward, self.kl = roles, sampler, reward, kl
+        self.settings, self.decoding = settings, decoding
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps_done = 0
+        self.first: FirstStep | None = None
+        learned = self.learned()
+        self.optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in learned], eps=1e-5, weight_decay=0.0)
+        self.peak_lrs = [lr for _, lr in learned]
+
+    def learned(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The groups of parameters that learn, each with its peak learning rate."""
+        return [(list(self.roles.policy_parameters().values()), self.settings.lr)]
+
+    def step(self, prompts: PromptBatch) -> tuple[Rollout, dict[str, float], dict[str, Tensor]]:
+        """One update. Returns the rollout, the metrics, and the per-token tensors that the inspector shows."""
+        raise NotImplementedError
+
+    def collect(self, prompts: PromptBatch) -> Rollout:
+        """A completion of each prompt, scored; LabError where a number of it is not finite."""
+        seeds = self.draw_seeds(len(prompts.texts))
+        try:
+            rollout = collect_rollout(self.sampler, self.roles, self.reward, prompts, seeds, self.decoding)
+        except LabError as error:  # a reward's, which knows no steps
+            raise LabError(f"step {self.steps_done + 1}: {error}; the weights were not updated") from error
+        named = {"logprob": rollout.logprobs, "ref_logprob": rollout.ref_logprobs, "score": rollout.scores}
+        require_finite(self.steps_done + 1, rollout, named | {"value": rollout.values})
+        return rollout
+
+    def check_first(self, rollout: Rollout) -> None:
+        """Measures the invariants of a run's first rollout; LabError, before any update, where one is broken."""
+        if self.first is None:
+            self.first = first_step(self.roles, rollout, self.decoding.temperature, self.settings.ratio_limit)
+            self.first.check()
+
+    def update(self, rollout: Rollout, minibatch: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
+        """Epochs of `minibatch(rows)` over the rollout, and the means of what it returns.
+
+        They end early when the policy has moved `epoch_kl_stop` nats a token from where it sampled.
+        """
+        self._schedule()
+        totals: dict[str, float] = {}
+        count, epochs = 0, 0
+        for _ in range(self.settings.epochs):
+            drift = 0.0
+            for rows in self._minibatches(len(rollout.completions)):
+                stats = minibatch(rows)
+                drift = max(drift, stats["policy/approx_kl"])
+                totals = {name: totals.get(name, 0.0) + value for name, value in stats.items()}
+                count += 1
+            epochs += 1
+            if drift > self.settings.epoch_kl_stop:
+                break
+        return {name: total / count for name, total in totals.items()} | {"update/epochs": float(epochs)}
+
+    def backward(self, loss: Tensor, held: Iterable[nn.Parameter] = ()) -> Tensor:
+        """Gradients of `loss`, clipped together; `held` parameters get none. Returns their norm before clipping."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for parameter in held:
+            parameter.grad = None
+        trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(trainable, self.settings.max_grad_norm)
+
+    def policy_stats(self, old: Tensor, logprobs: Tensor, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """How far the policy is from where it sampled, and how spread out."""
+        return {
+            "policy/approx_kl": masked_mean(k3(old, logprobs), mask),
+            "policy/entropy": masked_mean(entropy(logits.detach(), self.decoding.temperature), mask),
+        }
+
+    def apply(self, stats: dict[str, Tensor]) -> dict[str, float]:
+        """Moves the weights and returns `stats` as numbers; LabError, and no move, where one is not finite."""
+        numbers = dict(zip(stats, torch.stack([s.detach().float() for s in stats.values()]).tolist(), strict=True))
+        for name, number in numbers.items():
+            if not abs(number) < float("inf"):
+                require_finite_weights(self.steps_done + 1, self.roles.state())  # an earlier minibatch's fault
+                raise LabError(f"step {self.steps_done + 1}: {name} is {number}; the weights were not updated")
+        self.optimizer.step()
+        return numbers
+
+    def finish(self, rollout: Rollout) -> dict[str, float]:
+        """Ends a step: the sampler gets the new policy, the controller the KL. Returns the rollout's metrics."""
+        require_finite_weights(self.steps_done + 1, self.roles.state())
+        self.roles.refresh()
+        stats = describe(rollout) | {"kl/coef": self.kl.coef}
+        self.kl.update(stats["kl/reference"], len(rollout.completions))
+        self.steps_done += 1
+        return stats
+
+    def draw_seeds(self, count: int) -> list[int]:
+        """Fresh row seeds for the sampler, from the run's own generator."""
+        return torch.randint(2**62, (count,), generator=self.generator).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bit-exact resume needs besides the data cursor and the reward's normalisation."""
+        return {
+            "roles": self.roles.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "kl_coef": self.kl.coef,
+            "steps_done": self.steps_done,
+            "first": [self.first.kl, self.first.ratio_error, self.first.ratio_limit] if self.first else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.roles.load_state(state["roles"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.kl.coef, self.steps_done = state["kl_coef"], state["steps_done"]
+        self.first = FirstStep(*state["first"]) if state["first"] else None
+
+    def _minibatches(self, rows: int) -> Iterator[Tensor]:
+        order = torch.randperm(rows, generator=self.generator).to(self.roles.device)
+        yield from order.split(self.settings.minibatch_size or rows)
+
+    def _schedule(self) -> None:
+        """Linear warm-up, then linear decay to zero at `total_steps`."""
+        step, settings = self.steps_done, self.settings
+        warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        scale = warm * max(0.0, 1.0 - step / settings.total_steps)
+        for group, lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = lr * scale
+
+
+class Stopwatch:
+    """Seconds of the parts of a step, by the names of their metrics."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The part `name` ends now, and the next one begins."""
+        now = time.perf_counter()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    def metrics(self) -> dict[str, float]:
+        """Each part, and the step up to its last one."""
+        return self.laps | {"time/step_s": self.last - self.started}
