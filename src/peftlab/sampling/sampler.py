@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.masks import completion_mask, position_ids
+from ..ops.masks import completion_mask
+from .engine import decoder_of
 
 
 @dataclass(frozen=True)
@@ -93,28 +94,18 @@ class Sampler:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (token_ids, logprobs), each (B,), per step, until every row has ended or max_new_tokens is reached."""
         uniforms = row_uniforms(seeds, decoding.max_new_tokens).to(self.device)
-        mask, positions = prompt_mask.long(), position_ids(prompt_mask)
         ended = torch.zeros(len(prompt_ids), dtype=torch.bool, device=self.device)
-        ids, cache = prompt_ids, None
+        decoder = decoder_of(self.model)
+        logits = decoder.first(prompt_ids, prompt_mask, decoding.max_new_tokens)
         for step in range(decoding.max_new_tokens):
-            output = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = output.past_key_values
-            tokens, logprobs = choose(output.logits[:, -1], uniforms[:, step], decoding)
+            tokens, logprobs = choose(logits, uniforms[:, step], decoding)
             yield tokens, logprobs
             if self.eos_id is not None:
                 ended |= tokens == self.eos_id
                 if ended.all():
                     return
-            ids = tokens.unsqueeze(1)
-            mask = torch.cat([mask, torch.ones_like(ids)], 1)
-            positions = positions[:, -1:] + 1
+            if step + 1 < decoding.max_new_tokens:
+                logits = decoder.next(tokens)
 
     def text(self, token_ids: Sequence[int] | Tensor) -> str:
         """Decoded text without special tokens, exactly as the tokens spell it."""

@@ -1,0 +1,168 @@
+"""One token more for each row: the decoding step of architectures that we know, on a cache that never grows.
+
+transformers' own forward serves any model, and builds masks, positions and caches anew at each token. Here the same
+modules are called (so merged, refreshed or adapted weights are the ones that act) around an attention that writes into
+a cache allocated once.
+
+Shapes: B rows, S slots of the cache, P of them the prompt's, V vocabulary, H heads, G heads of keys and values, D width
+of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..ops.masks import position_ids
+
+# (layer, query (B, H, D), key and value (B, G, D)) -> (B, H * D)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Step(Protocol):
+    """Logits (B, V) of the next token from tokens and positions (B,); `attend` knows what came before."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor: ...
+
+
+class Gpt2Step:
+    """GPT2LMHeadModel."""
+
+    def __init__(self, model: Any) -> None:
+        self.body, self.head = model.transformer, model.lm_head
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        body = self.body
+        x = body.wte(tokens) + body.wpe(positions)
+        for layer, block in enumerate(body.h):
+            own = block.attn
+            parts = own.c_attn(block.ln_1(x)).split(own.split_size, -1)
+            query, key, value = (part.view(len(x), -1, own.head_dim) for part in parts)
+            x = x + own.c_proj(attend(layer, query, key, value))
+            x = x + block.mlp(block.ln_2(x))
+        logits: Tensor = self.head(body.ln_f(x))
+        return logits
+
+
+class LlamaStep:
+    """LlamaForCausalLM, SmolLM2 among them."""
+
+    def __init__(self, model: Any) -> None:
+        self.body, self.head = model.model, model.lm_head
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        body = self.body
+        x = body.embed_tokens(tokens)
+        cos, sin = (part[:, 0] for part in body.rotary_emb(x.unsqueeze(1), positions.unsqueeze(1)))
+        for layer, block in enumerate(body.layers):
+            own, states = block.self_attn, block.input_layernorm(x)
+            projections = (own.q_proj, own.k_proj, own.v_proj)
+            query, key, value = (project(states).view(len(x), -1, own.head_dim) for project in projections)
+            query, key = apply_rotary_pos_emb(query, key, cos, sin)
+            x = x + own.o_proj(attend(layer, query, key, value))
+            x = x + block.mlp(block.post_attention_layernorm(x))
+        logits: Tensor = self.head(body.norm(x))
+        return logits
+
+
+def known_step(model: Any) -> Step | None:
+    """The step of a model, None for one that it would not be right for."""
+    config, name = model.config, type(model).__name__
+    if name == "GPT2LMHeadModel":
+        odd = config.add_cross_attention or config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights
+        return None if odd else Gpt2Step(model)
+    if name == "LlamaForCausalLM":
+        return LlamaStep(model) if model.model.rotary_emb.rope_type == "default" else None
+    return None
+
+
+class Decoder(Protocol):
+    """Logits (B, V) of the first token from the prompts, then of the next one from the token chosen."""
+
+    def first(self, ids: Tensor, mask: Tensor, room: int) -> Tensor: ...
+
+    def next(self, tokens: Tensor) -> Tensor: ...
+
+
+class CachedDecoder:
+    """The decoder of a known model; the prompts go through transformers' forward."""
+
+    def __init__(self, model: Any, step: Step) -> None:
+        self.model, self.step = model, step
+
+    def first(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
+        """Read the prompts (B, P), left-padded, and make room for `room` tokens behind them."""
+        positions = position_ids(mask)
+        output = self.model(
+            input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        layers = output.past_key_values.layers
+        rows, heads, self.end, width = layers[0].keys.shape
+        shape = (len(layers), rows, heads, self.end + room, width)
+        self.keys, self.values = (layers[0].keys.new_zeros(shape) for _ in range(2))
+        for place, layer in enumerate(layers):
+            self.keys[place, :, :, : self.end] = layer.keys
+            self.values[place, :, :, : self.end] = layer.values
+        self.mask = torch.ones(rows, 1, 1, self.end + room, dtype=torch.bool, device=ids.device)
+        self.mask[:, 0, 0, : self.end] = mask
+        self.positions = positions[:, -1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """Logits behind `tokens` (B,)."""
+        self.positions = self.positions + 1
+        self.end += 1
+        return self.step(tokens, self.positions, self._attend)
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
+        keys[:, :, -1], values[:, :, -1] = key, value
+        # Heads that share a key stand where positions would: no key is copied for each of them.
+        grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])
+        mixed = scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask[..., : self.end])
+        return mixed.reshape(len(query), -1)
+
+
+class PlainDecoder:
+    """The decoder of any other causal model: transformers' forward, token by token."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def first(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
+        """Read the prompts (B, P), left-padded."""
+        self.mask, self.positions, self.cache = mask.long(), position_ids(mask), None
+        return self._forward(ids)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """Logits behind `tokens` (B,)."""
+        ids = tokens.unsqueeze(1)
+        self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
+        self.positions = self.positions[:, -1:] + 1
+        return self._forward(ids)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+def decoder_of(model: Any) -> Decoder:
+    """The quickest decoder that is right for a model."""
+    step = known_step(model)
+    return CachedDecoder(model, step) if step else PlainDecoder(model)
