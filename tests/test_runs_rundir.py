@@ -14,7 +14,7 @@ import pytest
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.runs import atomic
 from peftlab.runs.lock import is_locked
-from peftlab.runs.rundir import RunDir, check_name, find_run, list_runs, read_summary
+from peftlab.runs.rundir import RunDir, check_name, ended_runs, find_run, list_runs, read_summary
 
 CONFIG = 'recipe = "ppo"\nlr = 0.001\n\n[lora]\nr = 16\n'
 
@@ -166,27 +166,35 @@ def test_resume_cuts_what_came_after_the_checkpoint(tmp_path):
         for step in range(1, 6):
             run.log({"reward/mean": step}, step)
             run.append_rollouts([{"step": step}])
+            if step == 3:
+                with run.checkpoints.stage(3):
+                    pass
+                run.log({"reward/std": step}, step)
         raise Interrupted(signal.SIGINT)
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "time": 9')  # torn by a kill
     again = make(tmp_path, resume=True)
     with again.session():
         assert not again.finished and not (run.path / "summary.json").exists()
-        again.truncate_after(3)
+        again.cut_back(again.checkpoints.newest_verified()[0])
         again.log({"reward/mean": 40.0}, 4)
         again.finish({}, {})
     logged = rows(run.path / "metrics.jsonl")
-    assert [(row["step"], row["reward/mean"]) for row in logged] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert [(row["step"], row.get("reward/mean")) for row in logged] == [(1, 1), (2, 2), (3, 3), (4, 40)]
     assert [row["time"] for row in logged] == sorted(row["time"] for row in logged)
     assert [row["step"] for row in rows(run.path / "rollouts.jsonl")] == [1, 2, 3]
 
 
 def test_wall_time_counts_the_work_that_a_resume_keeps(tmp_path):
     run = make(tmp_path)
-    (run.path / "metrics.jsonl").write_text('{"step": 1, "time": 1000.0}\n{"step": 2, "time": 5000.0}\n')
+    (run.path / "metrics.jsonl").write_text('{"step": 1, "time": 1000.0}\n')
+    with run.checkpoints.stage(1):
+        pass
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "time": 5000.0}\n')
     again = make(tmp_path, resume=True)
     with again.session():
-        again.truncate_after(1)
+        again.cut_back(again.checkpoints.newest_verified()[0])
         assert 1000 <= again.finish({}, {})["time"]["wall_s"] < 5000
 
 
@@ -196,6 +204,39 @@ def test_resume_refuses_other_data(tmp_path):
     again.record_data("imdb:train", "aa", 10)
     with pytest.raises(UserError, match="imdb:train"):
         again.record_data("imdb:train", "bb", 10)
+
+
+def test_resume_refuses_another_model_of_the_same_name(tmp_path):
+    make(tmp_path).record_model("judge imdb-judge", "aa")
+    again = make(tmp_path, resume=True)
+    again.record_model("judge imdb-judge", "aa")
+    again.record_model("reward mine", "cc")
+    with pytest.raises(UserError, match="judge imdb-judge is not what run 'job' began with .*aa then, bb now"):
+        again.record_model("judge imdb-judge", "bb")
+
+
+def test_what_can_be_resumed_has_ended_and_left_work(tmp_path):
+    ended = {"none": UserError("bad data"), "figures": LabError("nan"), "stopped": Interrupted(signal.SIGINT)}
+    for name, error in ended.items():
+        run = make(tmp_path, name)
+        with pytest.raises(type(error)), run.session():
+            if name != "none":
+                run.log({"reward/mean": 1.0}, 1)
+            raise error
+    killed = make(tmp_path, "killed")
+    with killed.checkpoints.stage(3) as folder:
+        (folder / "state").write_text("x")
+    make(tmp_path, "killed-at-once")
+    RunDir.create(tmp_path, "other", "sft", CONFIG).log({"train/loss": 1.0}, 1)
+    done = make(tmp_path, "done")
+    with done.session():
+        done.finish({}, {})
+    with make(tmp_path, "busy").session() as busy:
+        busy.log({"reward/mean": 1.0}, 1)
+        found = [(folder.name, status) for folder, status in ended_runs(tmp_path, "ppo")]
+        busy.finish({}, {})
+    assert found == [("figures", "failed"), ("stopped", "stopped"), ("killed", "killed"), ("done", "done")]
+    assert ended_runs(tmp_path / "nowhere", "ppo") == []
 
 
 def test_two_processes_cannot_share_a_run(tmp_path):

@@ -8,6 +8,7 @@ adapter_config.json has a `peft_type` that PEFT refuses. A reward model's folder
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -194,14 +195,12 @@ def write_peft(model: Any, name: str, folder: Path, base: str, dtype: str = "flo
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     stored = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in tensors.items()}
     save_file(stored, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
-    config = model.peft_config[name]
-    config.base_model_name_or_path = base
-    before = config.inference_mode, config.target_modules
+    model.peft_config[name].base_model_name_or_path = base
+    config = copy.copy(model.peft_config[name])
     config.inference_mode = True
-    if isinstance(config.target_modules, set):  # whose order differs from one process to the next
-        config.target_modules = sorted(config.target_modules)
+    if isinstance(targets := getattr(config, "target_modules", None), set):  # its order is that of this process
+        config.target_modules = sorted(targets)
     config.save_pretrained(str(folder))
-    config.inference_mode, config.target_modules = before
 
 
 def write_stack(folder: Path, stack: Stack) -> None:

@@ -94,7 +94,7 @@ def resume_point(run: RunDir) -> Path | None:
     checkpoint, skipped = run.checkpoints.newest_verified()
     for problem in skipped:
         run.event("checkpoint_skipped", reason=problem)
-    run.truncate_after(checkpoint.step if checkpoint else -1)
+    run.cut_back(checkpoint)
     if run.resumed:
         where = f"after step {checkpoint.step}" if checkpoint else "from the start, since it has no checkpoint"
         say(f"{run.name}: goes on {where}")

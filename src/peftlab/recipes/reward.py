@@ -38,7 +38,7 @@ from ..models.reward_model import RewardModel, RewardNet
 from ..models.reward_scale import Combine, Scale
 from ..ops.losses import bradley_terry_loss
 from ..runs.atomic import write_json
-from ..runs.checkpoint import CheckpointStore
+from ..runs.checkpoint import Checkpoint, CheckpointStore
 from ..runs.progress import say
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
@@ -202,7 +202,8 @@ def _stores(run: RunDir, members: int) -> list[CheckpointStore]:
     """Where each member's checkpoints go; a single model's are the run's own."""
     if members == 1:
         return [run.checkpoints]
-    return [CheckpointStore(run.checkpoints.folder / f"member-{member}") for member in range(members)]
+    folder, logs = run.checkpoints.folder, run.checkpoints.logs
+    return [CheckpointStore(folder / f"member-{member}", logs=logs) for member in range(members)]
 
 
 def _resume_points(run: RunDir, stores: Sequence[CheckpointStore], steps: int) -> list[Path | None]:
@@ -213,6 +214,7 @@ def _resume_points(run: RunDir, stores: Sequence[CheckpointStore], steps: int) -
     if len(stores) == 1:
         return [resume_point(run)]
     points: list[Path | None] = []
+    newest: Checkpoint | None = None
     done = -1
     for member, store in enumerate(stores):
         checkpoint = None
@@ -221,9 +223,9 @@ def _resume_points(run: RunDir, stores: Sequence[CheckpointStore], steps: int) -
             for problem in skipped:
                 run.event("checkpoint_skipped", reason=f"member {member}, {problem}")
         if checkpoint is not None:
-            done = member * steps + checkpoint.step
+            newest, done = checkpoint, member * steps + checkpoint.step
         points.append(checkpoint.path if checkpoint else None)
-    run.truncate_after(done)
+    run.cut_back(newest)
     return points
 
 

@@ -7,9 +7,11 @@ no control character. Numbers that are not finite become null, since JSON has no
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,36 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise LabError(f"cannot write {path}: {reason}; nothing was left half-written") from error
+
+
+def disk_fault(error: BaseException) -> OSError | None:
+    """The OSError that `error` is, or that a library tells of in words of its own; None for any other error.
+
+    safetensors writes the number into its message; torch's archive writer tells only that it could not go on.
+    """
+    if isinstance(error, OSError):
+        return error
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    torch_writer = r"PytorchStreamWriter|unexpected pos|open file failed|iostream error"
+    if isinstance(error, RuntimeError) and re.search(torch_writer, str(error)):
+        return OSError(errno.EIO, "the disk is full or fails")
+    return None
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """Turns a full, failing or read-only disk that the block meets below `folder` into a LabError of one line.
+
+    Any other OSError passes: a file that is not there is no fault of the disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        fault = disk_fault(error)
+        if fault is None or fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        raise LabError(f"cannot write {fault.filename or f'in {folder}'}: {fault.strerror}") from error
 
 
 def fsync_folder(folder: Path) -> None:

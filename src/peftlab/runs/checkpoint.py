@@ -8,14 +8,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LabError
-from .atomic import fsync_file, fsync_folder, write_json
+from .atomic import disk_fault, fsync_file, fsync_folder, write_json
 
 MANIFEST = "manifest.json"
+LOGS = "logs.json"  # in a checkpoint: the bytes that each log had when it was written
 _STEP = re.compile(r"step-(\d{8,})")
 _STAGING, _REPLACED = ".staging-", ".replaced-"
 
@@ -82,6 +83,29 @@ def _file_problems(name: str, path: Path, digest: str, size: int) -> list[str]:
     return []
 
 
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of `folder` when the block ends well, and is removed when it fails.
+
+    A folder that is there already is replaced if it has a manifest; what else it may hold is not ours: LabError.
+    """
+    if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
+        raise LabError(f"{folder} holds other files; write into a folder that is empty or not there")
+    staging, replaced = (folder.with_name(f"{mark}{folder.name}") for mark in (_STAGING, _REPLACED))
+    for leftover in (staging, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if folder.exists():
+            folder.rename(replaced)
+        staging.rename(folder)
+        fsync_folder(folder.parent)
+    finally:
+        for leftover in (staging, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that was verified; `step` is the number of optimizer steps done when it was written."""
@@ -89,15 +113,24 @@ class Checkpoint:
     step: int
     path: Path
 
+    def log_sizes(self) -> dict[str, int]:
+        """Bytes, by name, of the logs that its store knows, when it was written."""
+        sizes: dict[str, int] = json.loads((self.path / LOGS).read_text(encoding="utf-8"))
+        return sizes
+
 
 class CheckpointStore:
-    """The checkpoints of one run, `folder/step-00000123`, the newest `keep` of them. One writer at a time."""
+    """The checkpoints of one run, `folder/step-00000123`, the newest `keep` of them. One writer at a time.
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    `logs`: the files that grow beside; each checkpoint notes how long they are, for a resume to cut them back to.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, logs: Sequence[Path] = ()) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self.folder = folder
         self.keep = keep
+        self.logs = logs
 
     def steps(self) -> list[int]:
         """The steps that have a folder, verified or not, in ascending order."""
@@ -122,10 +155,14 @@ class CheckpointStore:
             self.clean()
             staging.mkdir()
             yield staging
+            write_json(staging / LOGS, {log.name: log.stat().st_size for log in self.logs if log.exists()})
             write_manifest(staging)
             self._publish(staging, step)
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
+        except Exception as error:
+            fault = disk_fault(error)
+            if fault is None:
+                raise
+            reason = fault.strerror or type(fault).__name__
             raise LabError(
                 f"cannot write checkpoint {self.path(step)}: {reason}; earlier ones are intact"
             ) from error

@@ -20,8 +20,18 @@ from typing import Any
 
 from ..errors import Interrupted, LabError, PeftlabError, UserError
 from . import environment as surroundings
-from .atomic import append_line, append_rows, disk_errors, read_rows, write_json, write_rows, write_text
-from .checkpoint import CheckpointStore
+from .atomic import (
+    append_line,
+    append_rows,
+    disk_errors,
+    full_disk,
+    read_rows,
+    write_bytes,
+    write_json,
+    write_rows,
+    write_text,
+)
+from .checkpoint import Checkpoint, CheckpointStore
 from .lock import LOCK, locked
 from .metrics import metric
 from .signals import StopSignals
@@ -29,6 +39,7 @@ from .summary import ended_runs, find_run, list_runs, outcome, read_environment,
 
 __all__ = ["RunDir", "check_name", "ended_runs", "find_run", "list_runs", "read_summary"]
 
+LOGS = ("metrics.jsonl", "rollouts.jsonl")  # what a resume cuts back to its checkpoint
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -67,7 +78,7 @@ class RunDir:
 
     def __init__(self, path: Path, name: str, recipe: str, *, resumed: bool) -> None:
         self.path, self.name, self.recipe, self.resumed = path, name, recipe, resumed
-        self.checkpoints = CheckpointStore(path / "checkpoints")
+        self.checkpoints = CheckpointStore(path / "checkpoints", logs=[path / name for name in LOGS])
         self.summary: dict[str, Any] | None = None
         if resumed and (path / "summary.json").exists():
             self.summary = read_summary(path)
@@ -183,11 +194,15 @@ class RunDir:
         """Appends sampled rollouts, token by token, to rollouts.jsonl."""
         append_rows(self.path / "rollouts.jsonl", [dict(row) for row in rows])
 
-    def truncate_after(self, step: int) -> None:
-        """Drops the metrics and rollouts past `step`, the checkpoint resumed from; the clock too."""
-        for file in (self.path / "metrics.jsonl", self.path / "rollouts.jsonl"):
+    def cut_back(self, checkpoint: Checkpoint | None) -> None:
+        """Drops what was logged after `checkpoint`, from which the run goes on, was written; None: all. The clock too.
+
+        By length, not by step: figures measured after the last step bear its number.
+        """
+        sizes = checkpoint.log_sizes() if checkpoint else {}
+        for file in self.checkpoints.logs:
             if file.exists():
-                write_rows(file, [row for row in read_rows(file) if row.get("step", 0) <= step])
+                write_bytes(file, file.read_bytes()[: sizes.get(file.name, 0)])
         kept = [row.get("time") or 0.0 for row in read_rows(self.path / "metrics.jsonl")]
         self._began -= max(kept, default=0.0)
 
@@ -225,7 +240,8 @@ class RunDir:
             if not self.finished:
                 self._open()
             try:
-                yield self
+                with full_disk(self.path):
+                    yield self
                 if self.summary is None:
                     raise LabError(f"recipe {self.recipe} ended without figures: it never called finish()")
             except BaseException as error:
@@ -240,7 +256,7 @@ class RunDir:
             self.checkpoints.clean()
             for leftover in self.path.glob(".*.tmp-*"):
                 leftover.unlink(missing_ok=True)
-        for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl"):
+        for name in (*LOGS, "events.jsonl"):
             if (self.path / name).exists():  # a line that a kill tore must not swallow the next one
                 write_rows(self.path / name, read_rows(self.path / name))
         self.event("resume" if self.resumed else "start", packages=surroundings.package_versions())

@@ -1,7 +1,7 @@
 """transformers' Trainer with the lab's sampler, checkpoints, log and stop.
 
 Trainer writes its checkpoint into a staging folder that the store hashes and renames, and of the model only what
-learns; it resumes from the newest verified one.
+learns; it resumes from the newest verified one. A loss or gradient that is not finite stops it before the update.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import Interrupted, LabError
+from ..ops.finite import first_not_finite, not_finite
 from ..runs.checkpoint import CheckpointStore
 from ..runs.progress import Progress
 from .sampler import BucketSampler
@@ -52,13 +53,13 @@ class LabTrainer(Trainer):
         )
         self.lengths, self.store, self.staging = list(lengths), store, ""
         self.remove_callback(PrinterCallback)
-        self.stopper = LabCallback(log, stop_requested, args.max_steps)
+        self.stopper = LabCallback(log, stop_requested, args.max_steps, self._check_updated)
         self.add_callback(self.stopper)
 
     def fit(self, checkpoint: Path | None) -> None:
         """Train to the end or to a stop, from the start or from a checkpoint's folder.
 
-        Raises Interrupted after a signal (the checkpoint is written), LabError for a loss that is not finite.
+        Raises Interrupted after a signal (the checkpoint is written), LabError where a number is not finite.
         """
         folder = str(_inside(checkpoint)) if checkpoint else None
         state = TrainerState.load_from_json(f"{folder}/{TRAINER_STATE_NAME}") if folder else self.state
@@ -67,7 +68,6 @@ class LabTrainer(Trainer):
             self.state = state
             return
         self.train(resume_from_checkpoint=folder)
-        self._check_finite()
         if self.stopper.signum:
             raise Interrupted(self.stopper.signum)
 
@@ -84,18 +84,37 @@ class LabTrainer(Trainer):
             self.staging = str(folder)
             super()._save_checkpoint(model, trial)
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        gradients = {n: p.grad for n, p in self._learned().items() if p.grad is not None}
+        if sites := not_finite({"train/loss": loss, **gradients}):
+            bad = loss if sites[0] == "train/loss" else gradients[sites[0]]
+            index, value = first_not_finite(bad) or ([], math.nan)
+            site = sites[0] if bad is loss else f"the gradient of {sites[0]}{index}"
+            raise LabError(
+                f"step {self.state.global_step + 1}: {site} is {value}; its update was not made; lower lr, or look at "
+                f"the step's training rows {self._rows_of_step()}"
+            )
+        return loss
+
+    def _check_updated(self) -> None:
+        """Adam may overflow on gradients that are finite; what it made of the weights is then never saved."""
+        if names := not_finite(self._learned()):
+            raise LabError(f"step {self.state.global_step + 1}: its update made {names[0]} NaN or infinite; lower lr")
+
+    def _rows_of_step(self) -> list[int]:
+        """Numbers, from 0, of the training rows in the batch of the step under way."""
+        sampler, size = self._get_train_sampler(), self.args.train_batch_size * self.args.world_size
+        epoch, batch = divmod(self.state.global_step, -(-len(sampler) // size))
+        sampler.set_epoch(epoch)
+        return list(sampler)[batch * size : (batch + 1) * size]
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._check_finite()
         folder = Path(output_dir or self.staging)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: p.detach().cpu().contiguous() for n, p in self._learned().items()}, folder / WEIGHTS)
 
-    def _check_finite(self) -> None:
-        for name, parameter in self._learned().items():
-            if not torch.isfinite(parameter).all():
-                raise LabError(f"step {self.state.global_step}: {name} holds NaN or infinity; lower lr")
-
-    def _learned(self) -> dict[str, nn.Parameter]:
+    def _learned(self) -> dict[str, torch.Tensor]:
         model: Any = self.model
         return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
@@ -123,11 +142,17 @@ class Rows(torch.utils.data.Dataset[Any]):
 
 
 class LabCallback(TrainerCallback):
-    """Logs by the registry's names, stops on signals and on numbers that are not finite, shows one line of progress."""
+    """Logs by the registry's names, stops on signals, shows one line of progress; `updated` looks at each update."""
 
-    def __init__(self, log: Log, stop_requested: Callable[[], int | None], total: int) -> None:
+    def __init__(
+        self, log: Log, stop_requested: Callable[[], int | None], total: int, updated: Callable[[], None]
+    ) -> None:
         self.write, self.stop_requested, self.progress = log, stop_requested, Progress(total)
+        self.updated = updated
         self.signum: int | None = None
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.updated()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         self.signum = self.stop_requested()
@@ -138,9 +163,6 @@ class LabCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
         found = {ours: float((logs or {})[theirs]) for theirs, ours in names.items() if theirs in (logs or {})}
-        for name, value in found.items():
-            if not math.isfinite(value):
-                raise LabError(f"step {state.global_step}: {name} is {value}; lower lr, or look at that step's data")
         if found:
             self.write(found, state.global_step)
             self.progress.show(state.global_step, f"loss {found.get('train/loss', math.nan):.4f}")
