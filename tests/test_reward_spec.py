@@ -103,6 +103,30 @@ def test_a_reward_model_joins_the_policy_on_one_base(tmp_path):
     assert torch.equal(roles.policy(ids, mask, 2), roles.reference(ids, mask, 2)), "scoring left the policy in charge"
 
 
+def test_a_second_reward_model_of_a_ground_brings_its_own(tmp_path):
+    base = tiny.causal_folder(tmp_path / "gpt2")
+    folders = [reward_folder(base, tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]
+    backbone, under = load_stack(str(base), device="cpu")
+    roles = Roles(backbone, Lora(r=2))
+    ground = (replace(backbone, model=roles.model), stack_over(str(base), under, backbone.tokenizer))
+    line = " + ".join(map(str, folders))
+    both, apart = (reward_of(line, "positive", device="cpu", ground=one) for one in (ground, None))
+    assert torch.equal(both(PROMPTS, ANSWERS, RECORDS)[0], apart(PROMPTS, ANSWERS, RECORDS)[0])
+
+
+def test_a_policy_of_fewer_layers_than_the_reward_that_joined_it(tmp_path):
+    base = tiny.causal_folder(tmp_path / "gpt2")
+    folder = reward_folder(base, tmp_path / "mine")
+    backbone, under = load_stack(str(base), device="cpu")
+    roles = Roles(backbone, Lora(r=2, targets=["c_attn"]))
+    RewardModel.load(
+        str(folder), "cpu", (replace(backbone, model=roles.model), stack_over(str(base), under, backbone.tokenizer))
+    )
+    before = {name: weight.clone() for name, weight in roles.twin.named_parameters()}
+    roles.refresh()
+    assert all(torch.equal(before[name], weight) for name, weight in roles.twin.named_parameters()), "B is still 0"
+
+
 def test_a_reward_model_of_another_ground_brings_its_own(tmp_path):
     base = tiny.causal_folder(tmp_path / "gpt2")
     folder = reward_folder(base, tmp_path / "mine")

@@ -13,6 +13,7 @@ import pytest
 
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.runs import atomic
+from peftlab.runs.checkpoint import write_manifest
 from peftlab.runs.lock import is_locked
 from peftlab.runs.rundir import RunDir, check_name, ended_runs, find_run, list_runs, read_summary
 
@@ -183,6 +184,22 @@ def test_resume_cuts_what_came_after_the_checkpoint(tmp_path):
     assert [(row["step"], row.get("reward/mean")) for row in logged] == [(1, 1), (2, 2), (3, 3), (4, 40)]
     assert [row["time"] for row in logged] == sorted(row["time"] for row in logged)
     assert [row["step"] for row in rows(run.path / "rollouts.jsonl")] == [1, 2, 3]
+
+
+def test_a_checkpoint_that_tells_no_lengths_is_cut_back_to_by_step(tmp_path):
+    """As those of older versions: the figures of its own step stay."""
+    run = make(tmp_path)
+    (run.path / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "time": {n}.0}}\n' for n in range(1, 5)))
+    with run.checkpoints.stage(2):
+        pass
+    folder = run.checkpoints.path(2)
+    (folder / "logs.json").unlink()
+    write_manifest(folder)
+    again = make(tmp_path, resume=True)
+    with again.session():
+        again.cut_back(again.checkpoints.newest_verified()[0])
+        assert [row["step"] for row in rows(run.path / "metrics.jsonl")] == [1, 2]
+        again.finish({}, {})
 
 
 def test_wall_time_counts_the_work_that_a_resume_keeps(tmp_path):

@@ -123,8 +123,7 @@ class RewardModel:
         scale = Scale.of(name, stack.extra)
         places = _places(folder, len(scale.members))
         found = [_read_head(place) for place in places]
-        shared = ground is not None and same_ground(stack, ground[1])
-        base = ground[0] if ground is not None and shared else load_under(folder, stack, device)
+        base = _joined(stack, ground, len(places)) or load_under(folder, stack, device)
         model = base.model
         for member, place in enumerate(places):
             model = load_adapter(model, place, member_name(member), base.fingerprint)
@@ -184,6 +183,14 @@ class RewardModel:
 def member_name(member: int) -> str:
     """The PEFT name of a member's LoRA."""
     return f"member-{member}"
+
+
+def _joined(stack: Stack, ground: tuple[Backbone, Stack] | None, members: int) -> Backbone | None:
+    """The ground, where this model has the same and no other reward model stands on it: PEFT's names are taken then."""
+    if ground is None or not same_ground(stack, ground[1]):
+        return None
+    taken = getattr(ground[0].model, "peft_config", {})
+    return None if any(member_name(member) in taken for member in range(members)) else ground[0]
 
 
 def _places(folder: Path, members: int) -> list[Path]:

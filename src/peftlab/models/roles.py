@@ -94,7 +94,9 @@ class Roles:
         weights = dict(self.twin.named_parameters())
         for name, layer in lora_layers(self.model).items():
             base = layer.base_layer.weight
-            merged = base if role is None else base + layer.get_delta_weight(role).to(base.dtype)
+            # A reward model that joined may have layers which the policy has not.
+            own = role is not None and role in layer.lora_A
+            merged = base + layer.get_delta_weight(role).to(base.dtype) if own else base
             weights[f"{name}.weight"].copy_(merged)
 
     def state(self) -> dict[str, Tensor]:

@@ -158,6 +158,7 @@ def build_preferences(options: PreferenceOptions) -> dict[str, Any]:
         raise LabError(f"data preferences: no pair is left ({why}); lower --min-margin, or raise --k or --limit")
     splits = split(rows, options.held_out)
     options.folder.mkdir(parents=True, exist_ok=True)
+    options.file("test").unlink(missing_ok=True)  # of an earlier build, whose prompts may be trained on now
     for name, own in splits.items():
         write_rows(options.file(name), own)
     summary = {

@@ -144,6 +144,8 @@ def _run_stages(
         console.rule(stage.name)
         if stage is REWARD:
             _sample_pairs(run.path)
+            if run.stop_requested:
+                raise Interrupted(run.stop_requested)
         config = _config(stage)
         own = config.model_dump()
         config = config.with_(**{key: text.format(demo=run.path, own=own[key]) for key, text in stage.given})

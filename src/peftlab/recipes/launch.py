@@ -80,9 +80,9 @@ def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
 
 
 def _to_resume(root: Path, config: Config) -> str:
-    """The newest run of the recipe that can go on, one of this very config before any other.
+    """The newest run of this very config, one that can go on before one that is done (a resume may be repeated).
 
-    Where none can, the newest that is done with this config, so that a resume may be repeated.
+    Where there is none, the newest of the recipe that can go on.
     """
     recipe, ours = type(config).model_fields["recipe"].default, to_toml(config)
     best = (False, False, "")

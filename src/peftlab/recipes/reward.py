@@ -219,6 +219,7 @@ def _resume_points(run: RunDir, stores: Sequence[CheckpointStore], steps: int) -
     for member, store in enumerate(stores):
         checkpoint = None
         if member == 0 or done == member * steps:
+            store.clean()
             checkpoint, skipped = store.newest_verified()
             for problem in skipped:
                 run.event("checkpoint_skipped", reason=f"member {member}, {problem}")

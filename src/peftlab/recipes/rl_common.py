@@ -5,16 +5,17 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..config import Config
 from ..data.sources import load_records
 from ..errors import Interrupted, LabError, UserError
 from ..models.adapters import Lora, Stack, load_stack, save_adapter, stack_over
 from ..models.backbone import Backbone, pick_device
+from ..models.catalog import resolve
 from ..models.classifier import TextClassifier
 from ..models.roles import POLICY, Roles
 from ..rewards.parts import Reward
@@ -73,6 +74,14 @@ class PolicyConfig(Config):
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
     lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _keys_act(self) -> Self:
+        if self.lora.dropout:
+            raise ValueError("lora.dropout: never acts where a policy starts as its reference; leave it 0")
+        if self.style and "rubric:style" not in self.reward:
+            raise ValueError("style: its patterns count where reward names rubric:style; add it there, with a weight")
+        return self
 
 
 @dataclass(frozen=True)
@@ -221,7 +230,9 @@ def settings_of(kind: type[Settings], config: PolicyConfig, job: Job) -> Setting
 def _reward(config: PolicyConfig, run: RunDir, ground: tuple[Backbone, Stack]) -> Reward:
     """The reward that the config names, its parts noted in the run; a reward model may join the policy's base."""
     named = terms(config.reward)
-    if any(term.name == config.judge for term in named):
+    judge = resolve(config.judge).path
+    adapters = [term.name for term in named if not (term.is_function or term.is_rubric)]
+    if any(resolve(name).path.resolve() == judge.resolve() for name in adapters):
         raise UserError(f"judge: {config.judge} is the reward too; an independent judge is another classifier")
     reward = reward_of(config.reward, config.want, config.style, config.device, ground)
     for term in named:

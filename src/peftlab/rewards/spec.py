@@ -39,7 +39,7 @@ class Term:
     @property
     def is_function(self) -> bool:
         """Whether it names a Python function."""
-        return ":" in self.name and not self.is_rubric
+        return ":" in self.name and not self.is_rubric and not Path(self.name).exists()
 
     @property
     def is_rubric(self) -> bool:

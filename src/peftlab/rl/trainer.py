@@ -129,7 +129,7 @@ class PolicyTrainer(Generic[Settings]):
         for name, number in numbers.items():
             if not abs(number) < float("inf"):
                 require_finite_weights(self.steps_done + 1, self.roles.state())  # an earlier minibatch's fault
-                raise LabError(f"step {self.steps_done + 1}: {name} is {number}; the weights were not updated")
+                raise LabError(f"step {self.steps_done + 1}: {name} is {number}; nothing of this step is saved")
         self.optimizer.step()
         return numbers
 

@@ -92,6 +92,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
         raise LabError(f"{folder} holds other files; write into a folder that is empty or not there")
     staging, replaced = (folder.with_name(f"{mark}{folder.name}") for mark in (_STAGING, _REPLACED))
+    _put_back(replaced, folder)
     for leftover in (staging, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -102,8 +103,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         staging.rename(folder)
         fsync_folder(folder.parent)
     finally:
+        _put_back(replaced, folder)
         for leftover in (staging, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _put_back(replaced: Path, folder: Path) -> None:
+    """What was moved away for a folder that then never came, by a kill or a failing disk between two renames."""
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,10 @@ class Checkpoint:
     step: int
     path: Path
 
-    def log_sizes(self) -> dict[str, int]:
-        """Bytes, by name, of the logs that its store knows, when it was written."""
+    def log_sizes(self) -> dict[str, int] | None:
+        """Bytes, by name, of the logs that its store knows, when it was written; None in one of an older version."""
+        if not (self.path / LOGS).exists():
+            return None
         sizes: dict[str, int] = json.loads((self.path / LOGS).read_text(encoding="utf-8"))
         return sizes
 

@@ -197,12 +197,14 @@ class RunDir:
     def cut_back(self, checkpoint: Checkpoint | None) -> None:
         """Drops what was logged after `checkpoint`, from which the run goes on, was written; None: all. The clock too.
 
-        By length, not by step: figures measured after the last step bear its number.
+        By length, since figures measured after the last step bear its number; by step where a checkpoint tells none.
         """
         sizes = checkpoint.log_sizes() if checkpoint else {}
-        for file in self.checkpoints.logs:
-            if file.exists():
+        for file in filter(Path.exists, self.checkpoints.logs):
+            if sizes is not None:
                 write_bytes(file, file.read_bytes()[: sizes.get(file.name, 0)])
+            elif checkpoint is not None:
+                write_rows(file, [row for row in read_rows(file) if row.get("step", 0) <= checkpoint.step])
         kept = [row.get("time") or 0.0 for row in read_rows(self.path / "metrics.jsonl")]
         self._began -= max(kept, default=0.0)
 
