@@ -16,7 +16,7 @@ from ..rewards.sentiment import class_of
 from ..rl.rollout import PromptBatch, ScoreFunction
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding
-from .common import note_data
+from .common import note_data, note_model
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ def prompt_batch(
     token_ids = openings([r.prompt for r in records.records], tokenizer, low, high, seed)
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in token_ids]
     return PromptBatch(token_ids, texts, records.records)
+
+
+def load_judge(run: RunDir, name: str, want: str, device: str) -> TextClassifier:
+    """The independent classifier of an evaluation, noted in the run; UserError where it does not know `want`."""
+    judge = TextClassifier.load(name, device=device, dtype="bfloat16")
+    class_of(judge, want)
+    note_model(run, "judge", name)
+    return judge
 
 
 def before_after(

@@ -15,9 +15,7 @@ from ..data.tokenize import encode
 from ..errors import LabError, UserError
 from ..evaluation.intervals import bootstrap_mean
 from ..models.adapters import Lora, Stack, load_stack, save_adapter, stack_over
-from ..models.classifier import TextClassifier
 from ..models.roles import POLICY, Roles
-from ..rewards.sentiment import class_of
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.dpo import (
@@ -31,7 +29,7 @@ from ..training.dpo import (
     pair_row,
 )
 from ..training.trainer import LabTrainer
-from .before_after import before_after, prompt_batch
+from .before_after import before_after, load_judge, prompt_batch
 from .common import load_recorded, load_rows, note_model, resume_point, seed_everything, trained_parameters
 
 
@@ -87,9 +85,7 @@ def run(config: DpoConfig, run: RunDir) -> dict[str, Any]:
         prompts = prompt_batch(
             run, config.prompts, tokenizer, config.prompt_tokens, config.seed, config.eval_prompts
         )
-        judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
-        class_of(judge, config.want)
-        note_model(run, "judge", config.judge)
+        judge = load_judge(run, config.judge, config.want, config.device)
 
         policy = PairPolicy(roles, config.loss, config.beta, config.label_smoothing)
         # The adapter is fresh, on a resume too: it gets the checkpoint's weights in `fit`.

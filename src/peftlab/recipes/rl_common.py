@@ -19,7 +19,6 @@ from ..models.catalog import resolve
 from ..models.classifier import TextClassifier
 from ..models.roles import POLICY, Roles
 from ..rewards.parts import Reward
-from ..rewards.sentiment import class_of
 from ..rewards.spec import reward_of, terms
 from ..rl.control import AdaptiveKL, FixedKL
 from ..rl.rollout import PromptBatch, Rollout
@@ -28,7 +27,7 @@ from ..runs.metrics import first_ratio_limit
 from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
-from .before_after import before_after, prompt_batch
+from .before_after import before_after, load_judge, prompt_batch
 from .common import note_function, note_model, resume_point
 
 RECORDED_ROWS = 4
@@ -127,9 +126,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
     held_out = prompt_batch(
         run, config.eval_data, roles.tokenizer, config.prompt_tokens, config.seed, config.eval_prompts
     )
-    judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
-    class_of(judge, config.want)
-    note_model(run, "judge", config.judge)
+    judge = load_judge(run, config.judge, config.want, config.device)
     sampler = Sampler(roles.twin, roles.tokenizer)
     decoding = Decoding(config.max_new_tokens, config.temperature)
     checkpoint = resume_point(run)

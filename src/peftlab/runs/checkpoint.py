@@ -197,10 +197,7 @@ class CheckpointStore:
             return
         for path in list(self.folder.iterdir()):
             if path.name.startswith(_REPLACED):
-                original = self.folder / path.name.removeprefix(_REPLACED)
-                if not original.exists():
-                    path.rename(original)
-                    continue
+                _put_back(path, self.folder / path.name.removeprefix(_REPLACED))
             if path.name.startswith((_STAGING, _REPLACED)):
                 shutil.rmtree(path, ignore_errors=True)
 
