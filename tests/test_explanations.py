@@ -165,11 +165,8 @@ def test_what_is_not_there_says_how_it_is_built_and_then_loaded(name, kind, spli
 @pytest.mark.parametrize("name", joined.COLUMNS)
 @pytest.mark.parametrize("split", joined.BLOCK_OF)
 def test_what_is_shipped_joins_and_holds(name, split):
-    path = joined.SHIPPED / f"{name.removeprefix('imdb-')}-{split}.jsonl.gz"
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not built yet")
     rows = joined.load_joined(name, split)
-    assert len({item.review.id for item in rows}) == len(rows)
+    assert len({item.review.id for item in rows}) == len(rows) >= {"train": 5_500, "test": 850}[split]
     if name == "imdb-explanations":
         prompts = [prompt_of(item.review.text) for item in rows]
         scores = rubric_scores(prompts, [r.text for r in rows], [Prompt(r.review.id, "", r.review.label) for r in rows])

@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from peftlab.errors import Interrupted, UserError
 from peftlab.evaluation.targets import target_nlls
 from peftlab.models.catalog import resolve
-from peftlab.models.fresh import new_model
+from peftlab.models.fresh import new_model, relative_groups
 from peftlab.recipes.launch import dry_run, launch
 from peftlab.recipes.pretrain import PretrainConfig
 from peftlab.recipes.pretrain_card import Facts, card
@@ -131,10 +131,34 @@ def test_a_dry_run_counts_its_parameters(shop, whole):
     assert told == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("pair", "words"), [("vocab_size=358", "vocab_size.*359"), ("heads=3", "heads")])
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("vocab_size=358", "vocab_size.*359"),
+        ("heads=3", "heads"),
+        ("architecture=gpt2 copy_epochs=1", "copy_epochs.*T5"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused(shop, tmp_path, pair, words):
     with pytest.raises(UserError, match=words):
-        go(shop, tmp_path, pair)
+        go(shop, tmp_path, *pair.split())
+
+
+def test_every_parameter_learns_at_a_rate_of_its_own_size():
+    model = new_model("t5", vocab_size=400, max_length=96, width=64, layers=2, heads=4, dropout=0.0)
+    groups = relative_groups(model, 1e-2, 0.1)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters())
+    before = {p: p.detach().clone() for p in grouped}
+    optimizer = torch.optim.AdamW(groups)
+    ids = torch.arange(110, 150).view(4, 10)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for parameter, first in before.items():
+        moved = (parameter.detach() - first).abs()
+        # Adam's first step is the whole rate, for all that have a gradient, and decay is a thousandth.
+        step = float(moved[parameter.grad != 0].median() / first.square().mean().sqrt())
+        assert 1e-2 / 1.5 < step < 1.5e-2
 
 
 def test_padding_and_order_do_not_change_what_is_measured(whole):

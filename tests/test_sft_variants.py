@@ -177,20 +177,27 @@ def test_views_are_the_text_and_passages_of_it():
 
 
 def test_explanations_are_scored_before_and_after(shop):
-    """Learned by heart, the answers get every part of the rubric; the base model's get nearly none."""
+    """Learned by heart, the answers get every part of the rubric; the base model's get nearly none.
+
+    A prompt that fills the context is not asked.
+    """
     said = [("the plot was very dull", 0, "very dull"), ("it was great fun to watch", 1, "great fun")]
     rows = [
         {"prompt": f"Review: {review}\nAnswer:", "label": label,
          "completion": answer_of(label, f'The reviewer says "{quoted}" and means it.')}
         for review, label, quoted in said
     ]
-    data, same = (tiny.write_rows(Path(shop["root"]) / name, rows) for name in ("why.jsonl", "why-test.jsonl"))
+    data = tiny.write_rows(Path(shop["root"]) / "why.jsonl", rows)
+    long = {**rows[0], "prompt": f"Review: {'very dull ' * 400}\nAnswer:"}
+    same = tiny.write_rows(Path(shop["root"]) / "why-test.jsonl", [long, *rows])
     pairs = [f"train_data={data}", f"eval_data={same}", "answers=2", "max_steps=150", "lr=3e-3", "lora.r=16"]
     folder = run_of(shop, "sft", "why", *pairs, "max_length=96", "lora.alpha=32")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["baseline"]["rubric/all"] == 0
     assert summary["metrics"]["rubric/all"] == summary["metrics"]["eval/eos_fraction"] == 1
     sides = [(row["side"], row["prompt_id"]) for row in read_rows(folder / "samples.jsonl")]
-    assert sides == [("before", "0"), ("before", "1"), ("after", "0"), ("after", "1")]
+    assert sides == [("before", "1"), ("before", "2"), ("after", "1"), ("after", "2")]
+    (left,) = [event for event in read_rows(folder / "events.jsonl") if event["kind"] == "prompts_left_out"]
+    assert left["rows"] == 1
     with pytest.raises(UserError, match="answers"):
         run_of(shop, "sft", "bare", "answers=2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from tiny import WORDS, documents
 
 from peftlab.data.collate import collate_seq2seq
 from peftlab.data.spans import (
+    COPIED,
     DENSE,
     PREFIX,
     SENTINELS,
@@ -151,6 +153,19 @@ def test_passes_differ_and_a_row_is_always_the_same(words):
             assert len(set(map(tuple, seen))) > 1
         elif item >= first:
             assert sorted(ids.count(words.mask_token_id) for ids in seen) == [0, 0, 1, 1]
+
+
+def test_the_first_passes_are_copies_of_tokens_in_random_order(words):
+    texts = documents(12)
+    parts = blocks(texts, words, 64), gaps(texts, words, 64)
+    rows, without = Views(*parts, words, seed=3, views=3, copies=1), Views(*parts, words, seed=3, views=3)
+    documents_of = [*parts[0], *(gap.row(None)["input_ids"][:-1] for gap in parts[1])]
+    for item, known in enumerate(documents_of):
+        *copied, end = rows[item]["input_ids"]
+        assert rows[item]["labels"] == rows[item]["input_ids"] and end == words.eos_token_id
+        assert not Counter(copied) - Counter(known) and len(copied) == min(COPIED, len(known))
+    assert any(rows[item]["input_ids"][:-1] != known for item, known in enumerate(documents_of))
+    assert [rows[i] for i in range(rows.items, len(rows))] == [without[i] for i in range(rows.items, len(rows))]
 
 
 def test_a_block_meets_each_noise_in_turn(words):

@@ -1,9 +1,10 @@
 """What a T5 learns from plain text: to fill gaps in it, to repeat it, and to say its principal sentence. No torch.
 
 Span corruption (Raffel et al. 2020, section 3.1.4): spans of a document are hidden, each behind a sentinel, and the
-target lists them. Text infilling (Lewis et al. 2020, BART): the target is the whole document. Most of it is a copy,
-which teaches the decoder to look into the encoder. Gap sentences (Zhang et al. 2020, PEGASUS): the target is the
-sentence most like the rest.
+target lists them. Text infilling (Lewis et al. 2020, BART): the target is the whole document. Gap sentences (Zhang et
+al. 2020, PEGASUS): the target is the sentence most like the rest. Before all that come copies: a few tokens of a
+document in random order, to be repeated. No knowledge of language helps there, so that the decoder learns to look into
+the encoder (synthetic tasks first: Wu et al. 2022, arXiv 2206.10139).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ SPANS = Noise(0.15, 3)  # Raffel et al. 2020, section 3.3.4
 # Much more to say in each step than T5's own: a small model on few texts learns from how many tokens it predicts.
 DENSE = Noise(0.5, 8)  # an extreme denoiser of UL2 (Tay et al. 2022), between its two
 WHOLE = Noise(0.3, 3, whole=True)  # Lewis et al. 2020, section 2.2
+COPIED = 48  # tokens: among few, the one to look at is soon found
 
 
 def corrupt(
@@ -148,7 +150,7 @@ def gaps(texts: Sequence[str], tokenizer: Any, length: int) -> list[Gap]:
 
 
 class Views(Sequence[Row]):
-    """`views` passes over blocks and gaps, each corrupted anew, one behind the other.
+    """`views` passes over blocks and gaps, each corrupted anew, one behind the other; the first `copies` are copies.
 
     Row i is pass i // N and item i % N of N items: a function of (seed, i) alone, made when it is asked for, so that
     memory holds the documents once, however many the passes, and a resumed run sees the same rows. A block meets the
@@ -163,8 +165,10 @@ class Views(Sequence[Row]):
         seed: int,
         views: int,
         noise: Sequence[Noise] = (SPANS, DENSE, WHOLE),
+        copies: int = 0,
     ) -> None:
         self.blocks, self.gaps, self.seed, self.views, self.noise = blocks, gaps, seed, views, noise
+        self.copies = copies
         self.items = len(blocks) + len(gaps)
         self.eos: int = tokenizer.eos_token_id
         self.mask: int = tokenizer.mask_token_id
@@ -177,12 +181,20 @@ class Views(Sequence[Row]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         view, item = divmod(index, self.items)
+        draw = random.Random(f"{self.seed} {index}")
+        if view < self.copies:
+            known = self.blocks[item] if item < len(self.blocks) else self._gap(item).row(None)["input_ids"][:-1]
+            ids = [*draw.sample(known, min(COPIED, len(known))), self.eos]
+            return {"input_ids": ids, "labels": ids}
         if item >= len(self.blocks):
-            return self.gaps[item - len(self.blocks)].row(self.mask if (view + item) % 2 else None)
+            return self._gap(item).row(self.mask if (view + item) % 2 else None)
         ids, noise = self.blocks[item], self.noise[(view + item) % len(self.noise)]
         marks = [self.mask] * len(self.sentinels) if noise.whole else self.sentinels
-        shown, target = corrupt(ids, random.Random(f"{self.seed} {index}"), marks, self.eos, noise)
+        shown, target = corrupt(ids, draw, marks, self.eos, noise)
         return {"input_ids": shown, "labels": [*ids, self.eos] if noise.whole else target}
+
+    def _gap(self, item: int) -> Gap:
+        return self.gaps[item - len(self.blocks)]
 
     def lengths(self) -> list[int]:
         """Tokens of each item as it is, EOS counted; the inputs of its rows are no longer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +96,22 @@ def new_model(
     )
     config.decoder_start_token_id = pad
     return T5ForConditionalGeneration(config)
+
+
+def relative_groups(model: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for AdamW: each parameter learns at `lr` times the size of its first values.
+
+    The size is their root mean square, as the nearest power of two.
+
+    Of a fresh T5's parameters the embeddings are a hundred times larger than the queries, which hold the 1/sqrt(d) of
+    its attention: a rate at which the first learn anything tears the second, and the decoder never learns to look into
+    the encoder. Adafactor's parameter scaling (Shazeer and Stern 2018, section 8), with a scale that stays.
+    """
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        size = max(1e-3, float(parameter.detach().square().mean().sqrt()))
+        groups.setdefault(2.0 ** round(math.log2(size)), []).append(parameter)
+    return [{"params": own, "lr": lr * size, "weight_decay": weight_decay} for size, own in groups.items()]
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -12,13 +12,23 @@ from ..data.records import Text
 from ..data.sources import RecordSet
 from ..errors import UserError
 from ..evaluation.perplexity import perplexity, perplexity_interval
-from ..models.fresh import SMALLEST_VOCABULARY, Architecture, new_model, save_model, train_tokenizer
+from ..models.fresh import (
+    SMALLEST_VOCABULARY,
+    Architecture,
+    new_model,
+    relative_groups,
+    save_model,
+    train_tokenizer,
+)
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
 from .common import load_recorded, load_rows, resume_point, seed_everything, trained_parameters
 from .pretrain_card import Facts, card
 from .pretrain_tasks import Denoising, LanguageModelling, Task
+
+# Processes that make rows for a GPU: a T5's are corrupted as they are asked for, which takes as long as a step.
+WORKERS = 4
 
 
 class PretrainConfig(TrainConfig):
@@ -36,6 +46,7 @@ class PretrainConfig(TrainConfig):
     layers: int = Field(6, ge=1, description="of a T5: of the encoder, and as many of the decoder")
     heads: int = Field(11, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
+    copy_epochs: int = Field(0, ge=0, description="of a T5: first epochs that repeat a few tokens of each text")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -44,6 +55,8 @@ class PretrainConfig(TrainConfig):
         least = SMALLEST_VOCABULARY[self.architecture]
         if self.vocab_size < least:
             raise ValueError(f"vocab_size: a {self.architecture} needs {least} at least, for bytes and special tokens")
+        if self.copy_epochs and self.architecture != "t5":
+            raise ValueError("copy_epochs: only a T5 (architecture = 't5') repeats its input; leave it 0")
         return self
 
 
@@ -61,7 +74,7 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
         tokenizer = train_tokenizer(config.architecture, train, config.vocab_size, config.max_length)
         task = _task(train, test, tokenizer, config)
         model = _model(len(tokenizer), config)
-        arguments = training_arguments(config, task.epoch_rows)
+        arguments = training_arguments(config, task.epoch_rows, workers=WORKERS)
         model.to(arguments.device)
         before, _ = _figures(task, model)
         checkpoint = resume_point(run)
@@ -76,6 +89,7 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
             run.checkpoints,
             run.log,
             lambda: run.stop_requested,
+            groups=relative_groups(model, config.lr, config.weight_decay) if config.architecture == "t5" else None,
         )
         started = time.monotonic()
         trainer.fit(checkpoint)
@@ -115,7 +129,7 @@ def _texts(data: RecordSet) -> list[str]:
 def _task(train: list[str], test: list[str], tokenizer: Any, config: PretrainConfig) -> Task:
     if config.architecture == "gpt2":
         return LanguageModelling(train, test, tokenizer, config.max_length)
-    return Denoising(train, test, tokenizer, config.max_length, config)
+    return Denoising(train, test, tokenizer, config.max_length, config, config.copy_epochs)
 
 
 def _model(vocabulary: int, config: PretrainConfig) -> Any:

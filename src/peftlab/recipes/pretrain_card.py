@@ -61,6 +61,7 @@ def card(config: Any, facts: Facts, texts: list[str]) -> str:
     quality = f"{_figure(facts, 'eval/perplexity')} on {config.eval_data}, {counted}"
     if "eval/gap_perplexity" in facts.metrics:
         quality += f"; of a principal sentence, from its whole {noun}: {_figure(facts, 'eval/gap_perplexity')}"
+    epochs = f"{config.epochs:g} epochs" + (f", the first {config.copy_epochs} of copies" if config.copy_epochs else "")
     return f"""# {name}{" for movie reviews" if imdb else ""}
 
 Trained from scratch by `peftlab pretrain` on {data} and on nothing else. {use}
@@ -70,7 +71,7 @@ Trained from scratch by `peftlab pretrain` on {data} and on nothing else. {use}
 | architecture | {architecture}, {shape} |
 | parameters | {facts.parameters:,} |
 | tokenizer | byte-level BPE of {config.vocab_size}, trained on the same {noun}s; {special} |
-| data | {facts.tokens:,} tokens an epoch, {rows}, {config.epochs:g} epochs |
+| data | {facts.tokens:,} tokens an epoch, {rows}, {epochs} |
 | steps, seed | {facts.steps} of {config.batch_size} {unit}, seed {config.seed} |
 | hardware, time | {_hardware(facts.device)}, {facts.seconds:.0f} s of training |
 | held-out perplexity | {quality} |

@@ -72,11 +72,11 @@ class LanguageModelling(Task):
 class Denoising(Task):
     """Restore corrupted blocks, and say the principal sentence of a text: every epoch has one row of each.
 
-    An epoch is a pass that corrupts anew (data/spans.py), so that none repeats another.
+    An epoch is a pass that corrupts anew (data/spans.py), so that none repeats another. The first `copies` are copies.
     """
 
     def __init__(
-        self, train: list[str], test: list[str], tokenizer: Any, length: int, config: TrainConfig
+        self, train: list[str], test: list[str], tokenizer: Any, length: int, config: TrainConfig, copies: int = 0
     ) -> None:
         self.tokenizer = tokenizer
         parts = blocks(train, tokenizer, length), gaps(train, tokenizer, length)
@@ -84,9 +84,11 @@ class Denoising(Task):
         if not self.epoch_rows:
             raise UserError("train_data: no text has two tokens, so there is nothing to hide")
         # As many passes as steps: no run has more epochs, on however many GPUs, and a pass costs no memory.
-        rows = Views(*parts, tokenizer, config.seed, total_steps(config, self.epoch_rows))
+        passes = max(copies + 1, total_steps(config, self.epoch_rows))
+        rows = Views(*parts, tokenizer, config.seed, passes, copies=copies)
         self.rows, self.lengths = rows, rows.lengths()
-        self.epoch_tokens = sum(pair_length(rows[row]) for row in range(self.epoch_rows))
+        first = copies * self.epoch_rows
+        self.epoch_tokens = sum(pair_length(rows[first + row]) for row in range(self.epoch_rows))
         # The held-out corruption has a seed of its own: the figure compares runs of different seeds.
         held_out = Views(blocks(test, tokenizer, length), [], tokenizer, 0, 1, [SPANS])
         self.held_out = list(held_out)

@@ -10,9 +10,10 @@ from ..data.collate import collate_language
 from ..data.records import Conversation, PromptCompletion, Text
 from ..data.tokenize import PLAIN_CHAT, Row, document_ids, pack, prompt_completion
 from ..errors import UserError
-from ..evaluation.explanations import evaluate_explanations
+from ..evaluation.explanations import GREEDY, evaluate_explanations
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
 from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, load_stack, save_adapter, stack_over
+from ..runs.progress import say
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Sampler
 from ..training.arguments import TrainConfig, total_steps, training_arguments
@@ -65,7 +66,7 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
         require_gradients(adapter_parameters(model, ADAPTER))
         model.config.use_cache = False
 
-        asked = _asked(config, held_out)
+        asked = _asked(run, config, held_out, tokenizer, model.config.max_position_embeddings)
 
         def measure() -> tuple[dict[str, float], dict[str, tuple[float, float]], list[str]]:
             """Figures, their intervals, and the answers to `asked`."""
@@ -145,12 +146,26 @@ def _as_pair(record: Conversation, tokenizer: Any, config: SftConfig) -> tuple[s
     return prompt, whole[len(prompt) :].rstrip().removesuffix(tokenizer.eos_token)
 
 
-def _asked(config: SftConfig, held_out: list[Any]) -> list[PromptCompletion]:
-    """The first `answers` held-out prompts; each needs a gold label, which the rubric compares with."""
-    asked = held_out[: config.answers]
-    if any(getattr(record, "label", None) is None for record in asked):
+def _asked(
+    run: RunDir, config: SftConfig, held_out: list[Any], tokenizer: Any, context: int
+) -> list[PromptCompletion]:
+    """The first `answers` held-out prompts that leave room for an answer in a context of so many tokens.
+
+    How many do not is told. UserError where none does, or where one has no gold label: the rubric compares with it.
+    """
+    if not config.answers:
+        return []
+    if any(getattr(record, "label", None) is None for record in held_out):
         raise UserError(f"answers: {config.eval_data} has rows without prompt, completion and label; use answers=0")
-    return asked
+    room = context - GREEDY.max_new_tokens
+    tokens = tokenizer([record.prompt for record in held_out], add_special_tokens=False)["input_ids"]
+    fitting = [record for record, ids in zip(held_out, tokens, strict=True) if len(ids) <= room]
+    if not fitting:
+        raise UserError(f"answers: every prompt of {config.eval_data} has more than {room} tokens; use answers=0")
+    if left := len(held_out) - len(fitting):
+        run.event("prompts_left_out", data=config.eval_data, rows=left, room=room)
+        say(f"{config.eval_data}: {left} of {len(held_out)} prompts are not asked: longer than {room} tokens")
+    return fitting[: config.answers]
 
 
 def _samples(asked: list[PromptCompletion], sides: dict[str, list[str]]) -> list[dict[str, str]]:

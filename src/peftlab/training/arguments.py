@@ -37,8 +37,11 @@ def total_steps(config: TrainConfig, rows: int) -> int:
     return config.max_steps or max(1, int(config.epochs * -(-rows // config.batch_size)))
 
 
-def training_arguments(config: TrainConfig, rows: int) -> TrainingArguments:
-    """TrainingArguments that keep to themselves: no Hub, no tracker, no files of their own."""
+def training_arguments(config: TrainConfig, rows: int, workers: int = 0) -> TrainingArguments:
+    """TrainingArguments that keep to themselves: no Hub, no tracker, no files of their own.
+
+    `workers`: processes that make the batches of a GPU ahead of it.
+    """
     device = pick_device(config.device)
     steps = total_steps(config, rows)
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
@@ -64,6 +67,7 @@ def training_arguments(config: TrainConfig, rows: int) -> TrainingArguments:
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
+        dataloader_num_workers=workers if device.type == "cuda" else 0,
         dataloader_pin_memory=device.type == "cuda",
         torch_empty_cache_steps=None,
         # True multiplies the loss by the number of processes, to undo a division that our mean losses never made.

@@ -33,6 +33,7 @@ class LabTrainer(Trainer):
 
     `lengths`: tokens of each training row; where `rows` are several passes (see BucketSampler), of those of one.
     `loss`: the mean loss of a batch from the model's output and the batch's labels; by default the model's own.
+    `groups`: the parameters with what AdamW does to each; by default one learning rate for all.
     """
 
     def __init__(
@@ -46,10 +47,17 @@ class LabTrainer(Trainer):
         log: Log,
         stop_requested: Callable[[], int | None],
         loss: Loss | None = None,
+        groups: list[dict[str, Any]] | None = None,
     ) -> None:
         given = (lambda outputs, labels, **_: loss(outputs, labels)) if loss else None
+        optimizer = torch.optim.AdamW(groups, fused=args.device.type == "cuda") if groups else None
         super().__init__(
-            model=model, args=args, train_dataset=Rows(rows), data_collator=collate, compute_loss_func=given
+            model=model,
+            args=args,
+            train_dataset=Rows(rows),
+            data_collator=collate,
+            compute_loss_func=given,
+            optimizers=(optimizer, None),
         )
         self.lengths, self.store, self.staging = list(lengths), store, ""
         self.remove_callback(PrinterCallback)
@@ -170,4 +178,3 @@ class LabCallback(TrainerCallback):
 
 def _inside(step_folder: Path) -> Path:
     return next(step_folder.glob("checkpoint-*"))
-
