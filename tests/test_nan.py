@@ -137,6 +137,7 @@ SITES = {
     "logprob": "logprob",
     "ref_logprob": "ref_logprob",
     "value": "value",
+    "exact_kl": "exact_kl",
     "kl_coef": "reward",
     "gradient": "policy/grad_norm",
     "parameter": "its update made",
@@ -191,6 +192,8 @@ def spoil_site(site: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(rollout_module, "token_logprobs", wrapped(rollout_module.token_logprobs))
     elif site == "value":
         patch.setattr(Roles, "values", wrapped(Roles.values))
+    elif site == "exact_kl":
+        patch.setattr(rollout_module, "exact_kl", wrapped(rollout_module.exact_kl))
     elif site == "gradient":
         patch.setattr(PolicyTrainer, "backward", differentiating)
     elif site == "parameter":

@@ -108,6 +108,12 @@ def test_of_a_prompt_the_opening_is_read(shop):
         assert 3 <= len(piece["tokens"]) <= 5 and text.startswith(read(piece)) and restored(piece) == text
 
 
+def test_a_prompt_may_be_read_whole(shop):
+    found = preview(shop["asked"], "prompts", shop["gpt2"], 3, ["prompt_tokens=[0,0]"])
+    for text, piece in zip(TEXTS, pieces(found), strict=True):
+        assert read(piece) == text and piece["cuts"] == []
+
+
 CUT = [
     ("pairs", "sft", "gpt2", ["max_length=30"]),  # the prompt loses its front
     ("pairs", "sft", "gpt2", ["max_length=8"]),  # and the answer its end

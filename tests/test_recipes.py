@@ -281,7 +281,6 @@ def test_the_adapter_of_ppo_carries_the_one_under_it(shop, steered):
     ("ppo", "model={judge}", "classifier"),
     ("ppo", "judge={reward}", "judge"),
     ("ppo", "reward=", "nothing to optimise"),
-    ("ppo", "prompt_tokens=[5,2]", "prompt_tokens"),
     ("ppo", "judge=nowhere/judge", "nowhere/judge"),
     ("ppo", "eval_data=nowhere.jsonl", "nowhere.jsonl"),
     ("ppo", "reward=nowhere:f", "nowhere"),

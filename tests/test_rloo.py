@@ -6,6 +6,7 @@ import itertools
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -58,6 +59,8 @@ REFERENCE = torch.tensor([[0.4, -0.2], [-0.5, 0.1]])  # logits of its two places
 
 class Bandit:
     """Stands for `Roles` and `Sampler`: a policy of four logits, which says what it is told to say."""
+
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2))
 
     def __init__(self) -> None:
         self.logits = torch.nn.Parameter(torch.tensor([[0.1, 0.6], [0.9, -0.4]]))

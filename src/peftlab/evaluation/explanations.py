@@ -18,14 +18,14 @@ GREEDY = Decoding(max_new_tokens=64, temperature=0.0)
 
 @dataclass(frozen=True)
 class Explanations:
-    """N answers with each rubric part's scores (N,), and whether EOS was sampled (N,)."""
+    """N answers, their `rubric_columns`, and whether EOS was sampled (N,)."""
 
     answers: list[str]
     scores: dict[str, np.ndarray]
     stopped: np.ndarray
 
     def metrics(self) -> dict[str, float]:
-        """The mean of each part, and rubric/all: the share of answers for which every part is 1."""
+        """The mean of each column: of rubric/all, the share of answers for which every part is 1."""
         return {name: float(values.mean()) for name, values in self._columns().items()}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
@@ -33,9 +33,16 @@ class Explanations:
         return {name: bootstrap_mean(values) for name, values in self._columns().items()}
 
     def _columns(self) -> dict[str, np.ndarray]:
-        every = np.all([values == 1 for values in self.scores.values()], axis=0)
-        parts = {f"rubric/{name}": values for name, values in self.scores.items()}
-        return parts | {"rubric/all": every.astype(np.float64), "eval/eos_fraction": self.stopped}
+        return {**self.scores, "eval/eos_fraction": self.stopped}
+
+
+def rubric_columns(
+    prompts: Sequence[str], answers: Sequence[str], records: Sequence[Prompt | PromptCompletion]
+) -> dict[str, np.ndarray]:
+    """Each part's scores of N answers (N,) by its metric's name, and rubric/all: 1 where every part is 1."""
+    scores = {f"rubric/{name}": np.array(part) for name, part in rubric_scores(prompts, answers, records).items()}
+    every = np.all([values == 1 for values in scores.values()], axis=0)
+    return scores | {"rubric/all": every.astype(np.float64)}
 
 
 def evaluate_explanations(
@@ -63,5 +70,4 @@ def evaluate_explanations(
         ends = samples.ended.tolist()
         for i, text, ended in zip(batch, sampler.texts(samples), ends, strict=True):
             answers[i], stopped[i] = text, float(ended)
-    scores = rubric_scores([record.prompt for record in records], answers, records)
-    return Explanations(answers, {name: np.array(values) for name, values in scores.items()}, stopped)
+    return Explanations(answers, rubric_columns([record.prompt for record in records], answers, records), stopped)

@@ -1,14 +1,14 @@
-"""A policy beside its reference on the same held-out prompts: judge, exact KL, fluency under SFT, diversity."""
+"""A policy beside its reference on the same held-out prompts: its task's measure, exact KL, fluency, diversity."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..models.classifier import TextClassifier
 from ..models.roles import POLICY, Roles
 from ..ops.kl import exact_kl
 from ..ops.logprobs import entropy, token_logprobs
@@ -17,10 +17,16 @@ from ..sampling.sampler import Decoding, Sampler
 from .diversity import distinct_n
 from .intervals import bootstrap_mean
 
+# Prompts, completions and the prompts' records, N each -> arrays (N,) by the names of their metrics.
+Measure = Callable[[Sequence[str], Sequence[str], Sequence[Any]], dict[str, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class Side:
-    """N completions of one side, each array (N,): summed exact KL, summed NLL under the reference, summed entropy."""
+    """N completions of one side, each array (N,): summed exact KL, summed NLL under the reference, summed entropy.
+
+    `measured` is what a task measures by; `clusters` tells rows of one prompt; None where each has its own, or all one.
+    """
 
     completions: list[str]
     kl: np.ndarray
@@ -28,12 +34,13 @@ class Side:
     entropy: np.ndarray
     lengths: np.ndarray
     ended: np.ndarray
-    judge: np.ndarray
+    measured: dict[str, np.ndarray]
+    clusters: np.ndarray | None = None
 
     def metrics(self) -> dict[str, float]:
         tokens = float(self.lengths.sum())
         return {
-            "eval/judge": float(self.judge.mean()),
+            **{name: float(values.mean()) for name, values in self.measured.items()},
             "eval/kl": float(self.kl.mean()),
             "eval/length": float(self.lengths.mean()),
             "eval/eos_fraction": float(self.ended.mean()),
@@ -47,8 +54,9 @@ class Side:
         return float(self.nll.sum() / self.lengths.sum())
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95% bootstrap intervals over prompts."""
-        return {"eval/judge": bootstrap_mean(self.judge), "eval/kl": bootstrap_mean(self.kl)}
+        """95% bootstrap intervals over prompts: of one prompt that stands in several rows, all or none are drawn."""
+        columns = self.measured | {"eval/kl": self.kl}
+        return {name: bootstrap_mean(values, self.clusters) for name, values in columns.items()}
 
 
 def perplexity_ratio(before: Side, after: Side) -> float:
@@ -62,8 +70,8 @@ def evaluate_side(
     role: str | None,
     prompts: Sequence[Sequence[int]],
     texts: Sequence[str],
-    judge: TextClassifier,
-    label: int,
+    records: Sequence[Any],
+    measure: Measure,
     decoding: Decoding,
     seed: int,
     batch_size: int = 64,
@@ -93,6 +101,7 @@ def evaluate_side(
         }
         for name, value in measured.items():
             columns[name].append(value.double().cpu().numpy())
-    judged = judge.probabilities([t + c for t, c in zip(texts, completions, strict=True)])[:, label]
     arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return Side(completions, judge=np.asarray(judged, dtype=np.float64), **arrays)
+    asked = [record.prompt for record in records]
+    clusters = np.array(asked) if 1 < len(set(asked)) < len(asked) else None
+    return Side(completions, measured=measure(texts, completions, records), clusters=clusters, **arrays)

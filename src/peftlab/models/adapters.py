@@ -37,13 +37,21 @@ TASK_TYPES: dict[Kind, str] = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
-class Lora(Config):
-    """Low-rank adaptation, W + (alpha / r) B A (Hu et al. 2021), on the named linear layers."""
+class PolicyLora(Config):
+    """Low-rank adaptation, W + (alpha / r) B A (Hu et al. 2021), on the named linear layers.
+
+    Without dropout, which never acts where a policy starts as its reference.
+    """
 
     r: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class Lora(PolicyLora):
+    """The same with dropout, for supervised training."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class LoraVariants(Lora):
@@ -86,7 +94,7 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted(own - {"lm_head"})
 
 
-def attach(model: nn.Module, lora: Lora, name: str, kind: Kind = "causal", base: str = "") -> Any:
+def attach(model: nn.Module, lora: PolicyLora, name: str, kind: Kind = "causal", base: str = "") -> Any:
     """A PeftModel with a fresh adapter `name` (another one, when `model` has adapters already); B = 0, so a no-op."""
     from peft import LoraConfig, PeftModel, TaskType
 
@@ -99,7 +107,7 @@ def attach(model: nn.Module, lora: Lora, name: str, kind: Kind = "causal", base:
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
+        lora_dropout=lora.dropout if isinstance(lora, Lora) else 0.0,
         target_modules=targets,
         use_rslora=isinstance(lora, LoraVariants) and lora.rslora,
         use_dora=isinstance(lora, LoraVariants) and lora.dora,

@@ -180,6 +180,35 @@ class RewardModel:
         return self.scale.scores(self.logits(prompts, completions, batch_size))
 
 
+@dataclass(frozen=True)
+class CriticStart:
+    """What a critic starts as: the LoRA of the adapter in `folder`, and a head that says what the reward pays."""
+
+    folder: Path
+    head: ScalarHead
+
+
+def critic_start(name: str, ground: tuple[Backbone, Stack], weight: float = 1.0) -> CriticStart:
+    """The reward model `name`, of an ensemble its first member, with its score times `weight` as the head's value.
+
+    `ground`: the base that the critic reads, and the stack of an adapter on it; UserError for a model of another one.
+    """
+    folder = Path(resolve(name).path)
+    stack = read_stack(folder)
+    if not same_ground(stack, ground[1]):
+        raise UserError(f"critic: {name} is not of the policy's model; train one on that, or give critic=adapter")
+    scale = Scale.of(name, stack.extra)
+    place, (gain, bias) = _places(folder, len(scale.members))[0], scale.members[0]
+    head, tensors = ScalarHead(ground[0].model.config.hidden_size), _read_head(place)
+    check_tensors(place / HEAD_WEIGHTS, tensors, head.state_dict())
+    head.load_state_dict(tensors)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(weight * scale.gain * gain)
+        head.linear.bias.add_(weight * (scale.gain * bias + scale.bias))
+    return CriticStart(place, head)
+
+
 def member_name(member: int) -> str:
     """The PEFT name of a member's LoRA."""
     return f"member-{member}"

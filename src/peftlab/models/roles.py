@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .adapters import Lora, activate, adapter_parameters, attach, lora_layers
+from .adapters import PolicyLora, activate, adapter_parameters, attach, load_adapter, lora_layers
 from .backbone import Backbone, causal_logits, causal_logits_and_states, causal_states, parameter_bytes
 from .heads import ScalarHead
+from .reward_model import CriticStart
 
 POLICY, VALUE = "policy", "value"
 
@@ -25,18 +26,26 @@ class Roles:
     """One base in memory, read in three roles.
 
     `critic = "shared"` puts the value head on the policy's own final states (one pass serves both); "adapter" gives
-    the critic a LoRA of its own; "none" leaves it out, and every value is 0.
+    the critic a LoRA of its own, fresh or what `start` says; "none" leaves it out, and every value is 0.
     """
 
-    def __init__(self, backbone: Backbone, lora: Lora, critic: Literal["shared", "adapter", "none"] = "shared") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        lora: PolicyLora,
+        critic: Literal["shared", "adapter", "none"] = "shared",
+        start: CriticStart | None = None,
+    ) -> None:
         self.tokenizer = backbone.tokenizer
         self.critic = critic
         self.twin = _twin(backbone.model)
         self.model: Any = attach(backbone.model, lora, POLICY, base=backbone.name)
-        if critic == "adapter":
+        if start is not None:
+            load_adapter(self.model, start.folder, VALUE, backbone.fingerprint)
+        elif critic == "adapter":
             attach(self.model, lora, VALUE)
-        width = backbone.model.config.hidden_size
-        self.head = None if critic == "none" else ScalarHead(width).to(backbone.device)
+        head = start.head if start is not None else ScalarHead(backbone.model.config.hidden_size)
+        self.head = None if critic == "none" else head.to(backbone.device)
         self.model.requires_grad_(False)
         for parameter in self.policy_parameters().values():
             parameter.requires_grad_(True)

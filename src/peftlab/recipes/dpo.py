@@ -5,7 +5,7 @@ The loss and its departures: docs/dpo.md. The pairs: `peftlab data preferences`,
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from ..data.records import PreferencePair
 from ..data.tokenize import encode
 from ..errors import LabError, UserError
 from ..evaluation.intervals import bootstrap_mean
-from ..models.adapters import Lora, Stack, load_stack, save_adapter, stack_over
+from ..models.adapters import Stack, load_stack, save_adapter, stack_over
 from ..models.roles import POLICY, Roles
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
@@ -29,15 +29,18 @@ from ..training.dpo import (
     pair_row,
 )
 from ..training.trainer import LabTrainer
-from .before_after import before_after, load_judge, prompt_batch
+from .before_after import before_after, longest_prompt, prompt_batch
 from .common import load_recorded, load_rows, note_model, resume_point, seed_everything, trained_parameters
+from .tasks import TASKS
+from .tasks.config import TaskConfig
 
 
-class DpoConfig(TrainConfig):
-    """Every key of `peftlab dpo`. `batch_size` is in pairs."""
+class DpoConfig(TaskConfig, TrainConfig):
+    """Every key of `peftlab dpo`. `batch_size` is in pairs; the task is that of the evaluation before and after."""
+
+    CALLED: ClassVar = {"test": "prompts"}
 
     recipe: Literal["dpo"] = "dpo"
-    model: str = Field("tiny-gpt2", description="a base model, or an adapter (an SFT run's) that becomes the reference")
     train_data: str = "preferences/preferences-train.jsonl"
     eval_data: str = Field("preferences/preferences-test.jsonl", description="held-out pairs")
     train_limit: int = Field(0, ge=0, description="pairs to train on, a seeded sample; 0 = all")
@@ -48,20 +51,14 @@ class DpoConfig(TrainConfig):
     beta: float = Field(0.1, gt=0, description="how strongly the policy is held to its reference")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs expected to be the wrong way round")
     prompts: str = Field("imdb:prompts", description="prompts of the evaluation before and after")
-    eval_prompts: int = Field(256, ge=1)
-    prompt_tokens: tuple[int, int] = (2, 8)
-    max_new_tokens: int = Field(24, ge=1)
-    want: Literal["positive", "negative"] = Field("positive", description="the sentiment that the judge looks for")
-    judge: str = Field("imdb-judge", description="classifier of the evaluation; never what made the pairs")
-    lora: Lora = Lora()
 
     @model_validator(mode="after")
-    def _keys_fit(self) -> Self:
+    def _loss_and_judge_act(self) -> Self:
         if self.loss == "ipo" and self.label_smoothing:
             same = self.beta / (1 - 2 * self.label_smoothing)
             raise ValueError(f"label_smoothing: only rescales beta where loss is ipo; use beta={same:.4g} instead")
-        if self.lora.dropout:
-            raise ValueError("lora.dropout: never acts in dpo, whose policy starts as its reference; leave it 0")
+        if self.want and not self.judge:
+            raise ValueError("want: only a judge looks for a sentiment; name one as judge, or leave want out")
         return self
 
 
@@ -82,10 +79,9 @@ def run(config: DpoConfig, run: RunDir) -> dict[str, Any]:
         held_out = load_recorded(run, config, "eval", "preferences").records
         rows, test = rows_of(train, tokenizer, config), rows_of(held_out, tokenizer, config)
         # Loaded before training, so that a judge or data that is not there costs seconds.
-        prompts = prompt_batch(
-            run, config.prompts, tokenizer, config.prompt_tokens, config.seed, config.eval_prompts
-        )
-        judge = load_judge(run, config.judge, config.want, config.device)
+        longest = longest_prompt(config, roles.model)
+        prompts = prompt_batch(run, config, config.prompts, tokenizer, longest, config.eval_prompts)
+        measure = TASKS[config.task].measure(run, config)
 
         policy = PairPolicy(roles, config.loss, config.beta, config.label_smoothing)
         # The adapter is fresh, on a resume too: it gets the checkpoint's weights in `fit`.
@@ -112,9 +108,10 @@ def run(config: DpoConfig, run: RunDir) -> dict[str, Any]:
         compared = compare_rows(policy, test, tokenizer.pad_token_id)
         after = _figures(compared, config)
         run.log(after, trainer.state.global_step)
-        stack = stack_over(config.model, under, tokenizer, recipe="dpo", want=config.want)
+        facts = {"want": config.want} if config.want else {}
+        stack = stack_over(config.model, under, tokenizer, recipe="dpo", task=config.task, **facts)
         save_adapter(roles.model, POLICY, run.path / "adapter", stack)
-        sides = before_after(run, roles, prompts, judge, config.want, config.max_new_tokens, config.seed)
+        sides = before_after(run, roles, prompts, measure, config.max_new_tokens, config.seed)
         of_prompt = np.array([record.prompt for record in held_out])
         intervals = {"eval/pair_accuracy": bootstrap_mean(compared.wins().numpy(), of_prompt), **sides.intervals}
         artifacts = {"adapter": "adapter", "samples": "samples.jsonl"}
@@ -157,11 +154,7 @@ def _roles(config: DpoConfig) -> tuple[Roles, Stack]:
     context = backbone.model.config.max_position_embeddings
     if config.max_length > context:
         raise UserError(f"max_length: {config.max_length} exceeds the context of {config.model}, {context} tokens")
-    if config.prompt_tokens[1] + config.max_new_tokens > context:
-        raise UserError(
-            f"max_new_tokens: prompts of up to {config.prompt_tokens[1]} tokens and {config.max_new_tokens} new ones "
-            f"exceed the context of {config.model}, {context} tokens"
-        )
+    longest_prompt(config, backbone.model)
     return Roles(backbone, config.lora), under
 
 

@@ -1,15 +1,21 @@
-"""PPO on a LoRA policy: steer how a language model continues reviews.
+"""PPO on a LoRA policy, with a critic: steer what a language model says. What for is the task's to say: `tasks/`.
 
 Read `run` top to bottom: it is the whole job, in verbs of `rl_common.py`. The algorithm is `rl/ppo.py`, `step`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
 
+from ..errors import UserError
+from ..models.adapters import Stack, kind_of, stack_over
+from ..models.backbone import Backbone
+from ..models.reward_model import critic_start
 from ..models.roles import Roles
+from ..rewards.spec import terms
 from ..rl.ppo import PPOSettings, PPOTrainer
 from ..runs.rundir import RunDir
 from .common import seed_everything
@@ -20,7 +26,9 @@ class PPOConfig(PolicyConfig):
     """Every key of `peftlab ppo`: those of `PolicyConfig`, and the critic's."""
 
     recipe: Literal["ppo"] = "ppo"
-    critic: Literal["shared", "adapter"] = "shared"
+    critic: Literal["shared", "adapter", "reward"] = Field(
+        "shared", description="a head on the policy's states, a LoRA of its own, or one that starts as the reward model"
+    )
     critic_lr: float = Field(1e-3, gt=0)
     critic_warmup: int = Field(0, ge=0, description="first steps that train the critic alone")
     gamma: float = Field(1.0, ge=0, le=1)
@@ -39,7 +47,7 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
             return run.summary or {}
         seed_everything(config.seed)
         backbone, under = policy_base(config, run)
-        roles = Roles(backbone, config.lora, config.critic)
+        roles = _roles(config, backbone, under)
         job = prepare(config, run, roles, backbone, under)
         settings = settings_of(PPOSettings, config, job)
         trainer = PPOTrainer(
@@ -51,4 +59,19 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
 
 def plan(config: PPOConfig) -> dict[str, Any]:
     """What `--dry-run` prints: sizes of the job, nothing trained."""
-    return sizes(config, config.critic)
+    return sizes(config, partial(_roles, config))
+
+
+def _roles(config: PPOConfig, backbone: Backbone, under: Stack) -> Roles:
+    """The roles on a base. UserError where the critic is to start as a reward model, and the reward names none."""
+    if config.critic != "reward":
+        return Roles(backbone, config.lora, config.critic)
+    models = [term for term in terms(config.reward) if term.is_model and kind_of(term.name) == "reward"]
+    if len(models) != 1:
+        raise UserError(
+            f"critic: reward starts it as the reward model that `reward` names, and that names {len(models)}; "
+            "name one there, or give critic=adapter"
+        )
+    (model,) = models
+    ground = backbone, stack_over(config.model, under, backbone.tokenizer)
+    return Roles(backbone, config.lora, "adapter", critic_start(model.name, ground, model.weight))

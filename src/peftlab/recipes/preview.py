@@ -173,7 +173,7 @@ JOBS = {
     "classify": Job("classify", "classifier", _classify, _viewed, {"max_length": UNLIMITED, "crop": 0.0, "views": 1}),
     "summarize": Job("summarize", "seq2seq", _summarize, _one_each, MOST_TOKENS),
     "preferences": Job("dpo", "causal", _preferences, _one_each, {"max_length": UNLIMITED}),
-    "prompts": Job("ppo", "causal", _prompts, _one_each, {"prompt_tokens": (UNLIMITED, UNLIMITED)}),
+    "prompts": Job("ppo", "causal", _prompts, _one_each, {"prompt_tokens": (0, 0)}),
 }
 
 

@@ -3,55 +3,55 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 
-from ..config import Config
 from ..data.sources import load_records
+from ..data.tokenize import encode
 from ..errors import Interrupted, LabError, UserError
-from ..models.adapters import Lora, Stack, load_stack, save_adapter, stack_over
+from ..evaluation.policy import Measure
+from ..models.adapters import Stack, kind_of, load_stack, save_adapter, stack_over
 from ..models.backbone import Backbone, pick_device
 from ..models.catalog import resolve
-from ..models.classifier import TextClassifier
 from ..models.roles import POLICY, Roles
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of, terms
 from ..rl.control import AdaptiveKL, FixedKL
 from ..rl.rollout import PromptBatch, Rollout
-from ..rl.trainer import PolicyTrainer, UpdateSettings
+from ..rl.trainer import PolicyTrainer, UpdateSettings, rows_per_pass
 from ..runs.metrics import first_ratio_limit
 from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
-from .before_after import before_after, load_judge, prompt_batch
+from .before_after import before_after, longest_prompt, prompt_batch
 from .common import note_function, note_model, resume_point
+from .tasks import TASKS
+from .tasks.config import TaskConfig
+from .tasks.task import WHOLE
 
 RECORDED_ROWS = 4
 NORMALISE_ON = 256
 Settings = TypeVar("Settings", bound=UpdateSettings)
 
 
-class PolicyConfig(Config):
+class PolicyConfig(TaskConfig):
     """What both recipes take. Times are in steps (one rollout and its update), lengths in tokens, KL in nats."""
 
-    recipe: str
-    model: str = Field("tiny-gpt2", description="a base model, or an adapter (an SFT run's) that becomes the reference")
+    CALLED: ClassVar = {"train": "train_data", "test": "eval_data"}
+
     train_data: str = "imdb:train"
     eval_data: str = "imdb:prompts"
-    want: Literal["positive", "negative"] = "positive"
     reward: str = Field(
         "imdb-sentiment",
         description="parts joined by +, as in imdb-sentiment + 0.5*rubric:length: classifiers (log-odds of `want`), "
         "reward models, parts of the rubric, module:function",
     )
     style: list[str] = Field([], description="patterns of rubric:style that an answer keeps to; behind a !, avoids")
-    judge: str = Field("imdb-judge", description="classifier of the evaluation; never the reward's")
-    prompt_tokens: tuple[int, int] = (2, 8)
-    max_new_tokens: int = Field(24, ge=1)
     temperature: float = Field(1.0, gt=0)
     steps: int = Field(100, ge=1)
     prompts_per_step: int = Field(128, ge=1)
@@ -67,17 +67,11 @@ class PolicyConfig(Config):
     kl_target: float = Field(0.0, ge=0, description="nats a completion that an adaptive coefficient aims at; 0 = fixed")
     kl_horizon: float = Field(10_000, gt=0, description="completions over which the coefficient adapts")
     kl_stop: float = Field(0.0, ge=0, description="nats a completion at which the run ends; 0 = never")
-    eval_prompts: int = Field(256, ge=1)
     save_every: int = Field(20, ge=1)
-    record_every: int = Field(10, ge=1, description="steps between recorded rollouts")
-    seed: int = Field(0, ge=0, lt=2**32)
-    device: str = "auto"
-    lora: Lora = Lora()
+    record_every: int = Field(10, ge=1, description="steps between recorded rollouts, of exact KL")
 
     @model_validator(mode="after")
-    def _keys_act(self) -> Self:
-        if self.lora.dropout:
-            raise ValueError("lora.dropout: never acts where a policy starts as its reference; leave it 0")
+    def _style_acts(self) -> Self:
         if self.style and "rubric:style" not in self.reward:
             raise ValueError("style: its patterns count where reward names rubric:style; add it there, with a weight")
         return self
@@ -92,7 +86,7 @@ class Job:
     base_hash: str
     train: PromptBatch
     held_out: PromptBatch
-    judge: TextClassifier
+    measure: Measure
     reward: Reward
     sampler: Sampler
     decoding: Decoding
@@ -106,28 +100,22 @@ def policy_base(config: PolicyConfig, run: RunDir) -> tuple[Backbone, Stack]:
         raise UserError(
             f"model {config.model}: a {under.kind}; {config.recipe} needs a causal language model or its adapter"
         )
-    context = backbone.model.config.max_position_embeddings
-    if config.prompt_tokens[1] + config.max_new_tokens > context:
-        raise UserError(
-            f"max_new_tokens: prompts of up to {config.prompt_tokens[1]} tokens and {config.max_new_tokens} new "
-            f"ones exceed the context of {config.model}, {context} tokens"
-        )
+    longest_prompt(config, backbone.model)
     note_model(run, "model", config.model, backbone.fingerprint)
     return backbone, under
 
 
 def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone, under: Stack) -> Job:
-    """Reward, judge, prompts and checkpoint: all of it before training, so that what is not there costs seconds."""
+    """Reward, measure, prompts and checkpoint: all of it before training, so that what is not there costs seconds."""
     ground = replace(backbone, model=roles.model), stack_over(config.model, under, roles.tokenizer)
     reward = _reward(config, run, ground)
     base_hash = roles.frozen_hash()
     run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
-    train = prompt_batch(run, config.train_data, roles.tokenizer, config.prompt_tokens, config.seed)
-    held_out = prompt_batch(
-        run, config.eval_data, roles.tokenizer, config.prompt_tokens, config.seed, config.eval_prompts
-    )
-    judge = load_judge(run, config.judge, config.want, config.device)
-    sampler = Sampler(roles.twin, roles.tokenizer)
+    tokenizer, longest = roles.tokenizer, longest_prompt(config, roles.model)
+    train = prompt_batch(run, config, config.train_data, tokenizer, longest)
+    held_out = prompt_batch(run, config, config.eval_data, tokenizer, longest, config.eval_prompts)
+    measure = TASKS[config.task].measure(run, config)
+    sampler = Sampler(roles.twin, tokenizer)
     decoding = Decoding(config.max_new_tokens, config.temperature)
     checkpoint = resume_point(run)
     state = _read_state(checkpoint) if checkpoint else None
@@ -136,7 +124,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
         _score_one(reward, sampler, held_out, decoding, config.seed)
     else:
         reward = reward.with_state(state["reward"])
-    return Job(roles, under, base_hash, train, held_out, judge, reward, sampler, decoding, state)
+    return Job(roles, under, base_hash, train, held_out, measure, reward, sampler, decoding, state)
 
 
 def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[Any]) -> tuple[str | None, float]:
@@ -159,7 +147,7 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
         seconds.append(stats["time/step_s"])
         flat = flat or _warned_of_flat(run, rollout, step)
         progress.show(step, f"reward {stats['reward/mean']:.2f}  KL {stats['kl/reference']:.2f}")
-        if step == 1 or step % config.record_every == 0:
+        if rollout.exact_kl is not None:  # a step that is looked at closely
             critic = {} if job.roles.critic == "none" else {"value": rollout.values}
             run.append_rollouts(_records(rollout, critic | token_tensors, job.sampler, step))
         if config.kl_stop and stats["kl/reference"] > config.kl_stop:
@@ -175,37 +163,44 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
 def finish(
     config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[Any], reason: str | None, step_s: float
 ) -> dict[str, Any]:
-    """Save the adapter, evaluate both sides on held-out prompts by judge and reward, write samples and summary."""
+    """Save the adapter, evaluate both sides on held-out prompts by measure and reward, write samples and summary."""
     roles = job.roles
     if roles.frozen_hash() != job.base_hash:
         raise LabError("the frozen base changed during training; its adapter was not saved")
-    stack = stack_over(config.model, job.stack, roles.tokenizer, recipe=config.recipe, want=config.want)
+    facts = {"want": config.want} if config.want else {}
+    stack = stack_over(config.model, job.stack, roles.tokenizer, recipe=config.recipe, task=config.task, **facts)
     save_adapter(roles.model, POLICY, run.path / "adapter", stack)
-    sides = before_after(
-        run, roles, job.held_out, job.judge, config.want, config.max_new_tokens, config.seed, job.reward
-    )
+    sides = before_after(run, roles, job.held_out, job.measure, config.max_new_tokens, config.seed, job.reward)
     metrics = sides.metrics | (trainer.first.metrics() if trainer.first is not None else {})
     artifacts = {"adapter": "adapter", "samples": "samples.jsonl", "rollouts": "rollouts.jsonl"}
     return run.finish(metrics, sides.baseline, sides.intervals, artifacts, step_s, reason=reason)
 
 
-def sizes(config: PolicyConfig, critic: Literal["shared", "adapter", "none"], per_prompt: int = 1) -> dict[str, Any]:
+def sizes(
+    config: PolicyConfig, roles_on: Callable[[Backbone, Stack], Roles], per_prompt: int = 1
+) -> dict[str, Any]:
     """What `--dry-run` prints: sizes of the job, nothing trained. `per_prompt`: completions of a prompt in a step."""
     backbone, under = load_stack(config.model, device="cpu")
-    roles = Roles(backbone, config.lora, critic)
+    longest = longest_prompt(config, backbone.model)
+    roles = roles_on(backbone, under)
     prompts = load_records(config.train_data, "prompts", seed=config.seed).records
+    if config.prompt_tokens == WHOLE:
+        lengths = map(len, encode([record.prompt for record in prompts], roles.tokenizer))
+        fitting = [length for length in lengths if length <= longest]
+    else:
+        fitting = [config.prompt_tokens[1]] * len(prompts)
     completions = config.prompts_per_step * per_prompt
-    vocabulary = backbone.model.config.vocab_size
-    logits = (config.minibatch_size or completions) * config.max_new_tokens * vocabulary * 4
+    rows = rows_per_pass(max(fitting, default=1) + config.max_new_tokens)
+    rows = min(config.minibatch_size or completions, completions, rows)
     return {
         "base": under.base,
         "device": str(pick_device(config.device)),
         "bytes": roles.bytes_per_role(),
         "trained parameters": sum(p.numel() for p in (roles.policy_parameters() | roles.critic_parameters()).values()),
-        "prompts": len(prompts),
+        "prompts": len(fitting),
         "rollouts": config.steps * completions,
         "tokens sampled": config.steps * completions * config.max_new_tokens,
-        "bytes of one minibatch's logits": logits,
+        "bytes of one pass's logits": rows * config.max_new_tokens * backbone.model.config.vocab_size * 4,
     }
 
 
@@ -227,15 +222,23 @@ def settings_of(kind: type[Settings], config: PolicyConfig, job: Job) -> Setting
 def _reward(config: PolicyConfig, run: RunDir, ground: tuple[Backbone, Stack]) -> Reward:
     """The reward that the config names, its parts noted in the run; a reward model may join the policy's base."""
     named = terms(config.reward)
-    judge = resolve(config.judge).path
-    adapters = [term.name for term in named if not (term.is_function or term.is_rubric)]
-    if any(resolve(name).path.resolve() == judge.resolve() for name in adapters):
-        raise UserError(f"judge: {config.judge} is the reward too; an independent judge is another classifier")
+    adapters = [term.name for term in named if term.is_model]
+    if config.judge:
+        judge = resolve(config.judge).path.resolve()
+        if any(resolve(name).path.resolve() == judge for name in adapters):
+            raise UserError(f"judge: {config.judge} is the reward too; an independent judge is another classifier")
+    classifier = next((name for name in adapters if kind_of(name) != "reward"), None)
+    if classifier and not config.want:
+        idle = "want" in TASKS[config.task].idle
+        remedy = f"task {config.task} has none" if idle else "give want=positive or want=negative"
+        raise UserError(f"reward: {classifier} is a classifier, which looks for the class that `want` names; {remedy}")
+    if config.want and not (classifier or config.judge):
+        raise UserError("want: neither the reward nor a judge looks for a sentiment; leave it out")
     reward = reward_of(config.reward, config.want, config.style, config.device, ground)
     for term in named:
         if term.is_function:
             note_function(run, "reward", term.name)
-        elif not term.is_rubric:
+        elif term.is_model:
             note_model(run, "reward", term.name)
     return reward
 

@@ -1,4 +1,4 @@
-"""RLOO on a LoRA policy: steer a language model by several answers to each prompt, without a critic.
+"""RLOO on a LoRA policy: steer a language model by several answers to each prompt, without a critic; tasks as `ppo`.
 
 Read `run` top to bottom: it is the whole job, in verbs of `rl_common.py`. The algorithm is `rl/rloo.py`, `step`.
 """
@@ -52,4 +52,4 @@ def run(config: RLOOConfig, run: RunDir) -> dict[str, Any]:
 
 def plan(config: RLOOConfig) -> dict[str, Any]:
     """What `--dry-run` prints: sizes of the job, nothing trained."""
-    return sizes(config, "none", config.samples_per_prompt)
+    return sizes(config, lambda backbone, _: Roles(backbone, config.lora, critic="none"), config.samples_per_prompt)

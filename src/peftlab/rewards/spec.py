@@ -46,6 +46,11 @@ class Term:
         """Whether it names a part of the rubric."""
         return self.name.startswith("rubric:")
 
+    @property
+    def is_model(self) -> bool:
+        """Whether it names a classifier or a reward model."""
+        return not (self.is_function or self.is_rubric)
+
 
 def terms(spec: str) -> list[Term]:
     """The parts of a reward's line, in order; none of an empty one. Raises UserError for what is no such line."""

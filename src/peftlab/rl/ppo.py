@@ -20,7 +20,7 @@ from ..ops.losses import ppo_policy_loss, value_loss
 from ..ops.masks import masked_whiten
 from .finite import require_finite
 from .rollout import PromptBatch, Rollout, shaped_rewards
-from .trainer import PolicyTrainer, Stopwatch, UpdateSettings
+from .trainer import Loss, PolicyTrainer, Stopwatch, UpdateSettings
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,24 @@ class PPOTrainer(PolicyTrainer[PPOSettings]):
         return [*super().learned(), (critic, self.settings.critic_lr)]
 
     def _minibatch(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
+        critic_only = self.steps_done < self.settings.critic_warmup
+        held = self.roles.policy_parameters().values() if critic_only else ()
+        stats = self.backward(
+            rollout, rows, lambda part: self._loss(rollout, advantages, returns, part, critic_only), held
+        )
+        return self.apply(stats)
+
+    def _loss(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, critic_only: bool) -> Loss:
         settings, mask = self.settings, rollout.completion_mask[rows]
         tokens, old = rollout.completion_ids[rows], rollout.logprobs[rows]
         logits, values = self.roles.policy_and_values(rollout.ids[rows], rollout.mask[rows], tokens.shape[1])
         logprobs = token_logprobs(logits, tokens, self.decoding.temperature)
         policy, clipped = ppo_policy_loss(logprobs, old, advantages[rows], mask, settings.clip)
         value, value_clipped = value_loss(values, rollout.values[rows], returns[rows], mask, settings.value_clip)
-        critic_only = self.steps_done < settings.critic_warmup
-        loss = settings.value_coef * value + (0.0 if critic_only else policy)
-        norm = self.backward(loss, held=self.roles.policy_parameters().values() if critic_only else ())
-        return self.apply({
+        return settings.value_coef * value + (0.0 if critic_only else policy), {
             "policy/loss": policy,
             "policy/clip_fraction": clipped,
             **self.policy_stats(old, logprobs, logits, mask),
-            "policy/grad_norm": norm,
             "value/loss": value,
             "value/clip_fraction": value_clipped,
-        })
+        }

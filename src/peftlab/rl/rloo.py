@@ -21,7 +21,7 @@ from ..ops.logprobs import token_logprobs
 from ..ops.losses import rloo_policy_loss
 from .finite import require_finite
 from .rollout import PromptBatch, Rollout, shaped_rewards
-from .trainer import PolicyTrainer, Stopwatch, UpdateSettings
+from .trainer import Loss, PolicyTrainer, Stopwatch, UpdateSettings
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class RLOOSettings(UpdateSettings):
 
 class RLOOTrainer(PolicyTrainer[RLOOSettings]):
     """Holds what a step needs; `step` is the algorithm, its verbs are those of `PolicyTrainer`."""
+
+    loss_per_completion = True
 
     def step(self, prompts: PromptBatch) -> tuple[Rollout, dict[str, float], dict[str, Tensor]]:
         """One update. Returns the rollout, the metrics, and the per-token tensors that the inspector shows."""
@@ -54,16 +56,14 @@ class RLOOTrainer(PolicyTrainer[RLOOSettings]):
         return rollout, stats | watch.metrics(), {"reward": rewards, "advantage": advantages}
 
     def _minibatch(self, rollout: Rollout, advantages: Tensor, rows: Tensor) -> dict[str, float]:
+        return self.apply(self.backward(rollout, rows, lambda part: self._loss(rollout, advantages, part)))
+
+    def _loss(self, rollout: Rollout, advantages: Tensor, rows: Tensor) -> Loss:
         settings, mask = self.settings, rollout.completion_mask[rows]
         tokens, old = rollout.completion_ids[rows], rollout.logprobs[rows]
         logits = self.roles.policy(rollout.ids[rows], rollout.mask[rows], tokens.shape[1])
         logprobs = token_logprobs(logits, tokens, self.decoding.temperature)
         length = self.decoding.max_new_tokens if settings.length_normaliser == "fixed" else None
         loss, clipped = rloo_policy_loss(logprobs, old, advantages[rows], mask, settings.clip, length)
-        norm = self.backward(loss)
-        return self.apply({
-            "policy/loss": loss,
-            "policy/clip_fraction": clipped,
-            **self.policy_stats(old, logprobs, logits, mask),
-            "policy/grad_norm": norm,
-        })
+        figures = {"policy/loss": loss, "policy/clip_fraction": clipped}
+        return loss, figures | self.policy_stats(old, logprobs, logits, mask)

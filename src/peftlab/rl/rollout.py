@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ..errors import LabError
 from ..models.roles import Roles
-from ..ops.kl import exact_kl, k1, k3
+from ..ops.kl import exact_kl, k1, k2, k3
 from ..ops.logprobs import token_logprobs
 from ..ops.masks import masked_sum
 from ..sampling.sampler import Decoding, Sampler, Samples
 
+# Numbers in the logits of one scoring pass: beside them, temporaries of four times their size at most.
+LOGITS_PER_PASS = 2**27
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -52,6 +54,7 @@ class Rollout:
     completions      B texts
     logprobs         (B, C) of the policy while it sampled
     ref_logprobs     (B, C) of the frozen reference
+    exact_kl         (B, C) KL(policy || reference) over the whole vocabulary at each token, in nats; None unless asked
     values           (B, C) the critic's estimate before each token; 0 without a critic
     scores           (B,)   reward of the whole completion
     score_parts      {name: (B,)}
@@ -66,6 +69,7 @@ class Rollout:
     completions: list[str]
     logprobs: Tensor
     ref_logprobs: Tensor
+    exact_kl: Tensor | None
     values: Tensor
     scores: Tensor
     score_parts: dict[str, Tensor]
@@ -86,13 +90,16 @@ def collect_rollout(
     prompts: PromptBatch,
     seeds: Sequence[int],
     decoding: Decoding,
-    chunk: int = 256,
+    exact: bool = False,
 ) -> Rollout:
-    """Sample a completion per prompt and score it: reward, reference and critic. `chunk`: rows per scoring pass."""
+    """Sample a completion per prompt and score it: reward, reference and critic.
+
+    `exact` asks for the exact KL as well, which costs a pass of the policy.
+    """
     samples = sampler.sample(prompts.token_ids, seeds, decoding)
     completions = sampler.texts(samples)
     scores, parts = reward(prompts.texts, completions, prompts.records)
-    ref_logprobs, values = _score_tokens(roles, samples, decoding.temperature, chunk)
+    ref_logprobs, values, kl = _score_tokens(roles, samples, decoding.temperature, exact)
     return Rollout(
         prompts=prompts,
         prompt_ids=samples.prompt_ids,
@@ -103,6 +110,7 @@ def collect_rollout(
         completions=completions,
         logprobs=samples.logprobs,
         ref_logprobs=ref_logprobs,
+        exact_kl=kl,
         values=values,
         scores=scores.to(samples.logprobs.device),
         score_parts=parts,
@@ -110,15 +118,27 @@ def collect_rollout(
 
 
 @torch.no_grad()
-def _score_tokens(roles: Roles, samples: Samples, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
-    keep = samples.completion_ids.shape[1]
-    logprobs, values = [], []
-    for ids, mask, tokens in zip(
-        samples.ids.split(chunk), samples.mask.split(chunk), samples.completion_ids.split(chunk), strict=True
-    ):
-        logprobs.append(token_logprobs(roles.reference(ids, mask, keep), tokens, temperature))
-        values.append(roles.values(ids, mask, keep))
-    return torch.cat(logprobs) * samples.completion_mask, torch.cat(values) * samples.completion_mask
+def _score_tokens(
+    roles: Roles, samples: Samples, temperature: float, exact: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities of the reference, values, and the exact KL if it is asked for, each (B, C)."""
+    keep, counted = samples.completion_ids.shape[1], samples.completion_mask
+    logprobs, values, kl = torch.zeros(3, *counted.shape, device=counted.device).unbind()
+    for rows in _scoring_passes(roles, samples):
+        ids, mask = samples.ids[rows], samples.mask[rows]
+        reference = roles.reference(ids, mask, keep)
+        logprobs[rows] = token_logprobs(reference, samples.completion_ids[rows], temperature)
+        values[rows] = roles.values(ids, mask, keep)
+        if exact:  # of the tempered distributions, as the estimates from sampled tokens are
+            kl[rows] = exact_kl(roles.policy(ids, mask, keep) / temperature, reference / temperature)
+    return logprobs * counted, values * counted, kl * counted if exact else None
+
+
+def _scoring_passes(roles: Roles, rows: Samples | Rollout) -> Iterator[slice]:
+    """Rows that are scored together: logits of all would be gigabytes where the vocabulary is large."""
+    count, keep = rows.completion_ids.shape
+    size = max(1, LOGITS_PER_PASS // (keep * roles.model.config.vocab_size))
+    yield from (slice(start, start + size) for start in range(0, count, size))
 
 
 def shaped_rewards(rollout: Rollout, kl_coef: float, eos_penalty: float = 0.0) -> Tensor:
@@ -142,10 +162,13 @@ def describe(rollout: Rollout) -> dict[str, float]:
         "reward/mean": rollout.scores.mean(),
         "reward/std": rollout.scores.std(unbiased=False),
         "kl/reference": masked_sum(k1(rollout.logprobs, rollout.ref_logprobs), mask).mean(),
+        "kl/k2": masked_sum(k2(rollout.logprobs, rollout.ref_logprobs), mask).mean(),
         "kl/k3": masked_sum(k3(rollout.logprobs, rollout.ref_logprobs), mask).mean(),
         "rollout/length": lengths.mean(),
         "rollout/eos_fraction": rollout.ended.float().mean(),
     }
+    if rollout.exact_kl is not None:
+        stats["kl/exact"] = rollout.exact_kl.sum(1).mean()
     stats |= {f"reward/part/{name}": part.mean() for name, part in rollout.score_parts.items()}
     return {name: float(value) for name, value in stats.items()}
 
@@ -182,9 +205,13 @@ def first_step(roles: Roles, rollout: Rollout, temperature: float, ratio_limit: 
     first_kl: summed exact KL between adapters-on and adapters-off logits, the largest completion of the batch.
     first_ratio_error: max |exp(recomputed - sampled) - 1| over counted tokens.
     """
-    keep = rollout.completion_ids.shape[1]
-    policy = roles.policy(rollout.ids, rollout.mask, keep)
-    kl = masked_sum(exact_kl(policy, roles.reference(rollout.ids, rollout.mask, keep)), rollout.completion_mask)
-    again = token_logprobs(policy, rollout.completion_ids, temperature)
-    error = torch.expm1(again - rollout.logprobs).abs() * rollout.completion_mask
-    return FirstStep(float(kl.abs().max()), float(error.max()), ratio_limit)
+    keep, largest = rollout.completion_ids.shape[1], torch.zeros(2, device=rollout.logprobs.device)
+    for rows in _scoring_passes(roles, rollout):
+        ids, mask, counted = rollout.ids[rows], rollout.mask[rows], rollout.completion_mask[rows]
+        policy = roles.policy(ids, mask, keep)
+        apart = masked_sum(exact_kl(policy, roles.reference(ids, mask, keep)), counted)
+        again = token_logprobs(policy, rollout.completion_ids[rows], temperature)
+        errors = torch.expm1(again - rollout.logprobs[rows]).abs() * counted
+        largest = torch.maximum(largest, torch.stack([apart.abs().max(), errors.max()]))
+    kl, error = largest.tolist()
+    return FirstStep(kl, error, ratio_limit)

@@ -20,6 +20,15 @@ from .control import AdaptiveKL, FixedKL
 from .finite import require_finite, require_finite_weights
 from .rollout import FirstStep, PromptBatch, Rollout, ScoreFunction, collect_rollout, describe, first_step
 
+Loss = tuple[Tensor, dict[str, Tensor]]  # of some rows, with figures
+# Prompt and completion tokens of one pass with gradients: its activations are about 1.5 MB a token for smollm2-135m.
+TOKENS_PER_PASS = 2**13
+
+
+def rows_per_pass(length: int) -> int:
+    """How many rows of so many tokens, prompt and completion, go through the model together."""
+    return max(1, TOKENS_PER_PASS // length)
+
 
 @dataclass(frozen=True)
 class UpdateSettings:
@@ -34,6 +43,7 @@ class UpdateSettings:
     eos_penalty: float = 0.0
     total_steps: int = 100
     warmup_steps: int = 10
+    record_every: int = 10
     ratio_limit: float = 1e-4
 
 
@@ -42,6 +52,8 @@ Settings = TypeVar("Settings", bound=UpdateSettings)
 
 class PolicyTrainer(Generic[Settings]):
     """Holds what a step needs, and the verbs that it is made of; the algorithm is `step`, of a subclass."""
+
+    loss_per_completion = False  # whether the loss is a mean over completions; else it is one over counted tokens
 
     def __init__(
         self,
@@ -71,14 +83,19 @@ class PolicyTrainer(Generic[Settings]):
         raise NotImplementedError
 
     def collect(self, prompts: PromptBatch) -> Rollout:
-        """A completion of each prompt, scored; LabError where a number of it is not finite."""
-        seeds = self.draw_seeds(len(prompts.texts))
+        """A completion of each prompt, scored; LabError where a number of it is not finite.
+
+        With the exact KL in the first step and in every `record_every`-th.
+        """
+        seeds, step = self.draw_seeds(len(prompts.texts)), self.steps_done + 1
+        exact = step == 1 or step % self.settings.record_every == 0
         try:
-            rollout = collect_rollout(self.sampler, self.roles, self.reward, prompts, seeds, self.decoding)
+            rollout = collect_rollout(self.sampler, self.roles, self.reward, prompts, seeds, self.decoding, exact)
         except LabError as error:  # a reward's, which knows no steps
-            raise LabError(f"step {self.steps_done + 1}: {error}; the weights were not updated") from error
+            raise LabError(f"step {step}: {error}; the weights were not updated") from error
         named = {"logprob": rollout.logprobs, "ref_logprob": rollout.ref_logprobs, "score": rollout.scores}
-        require_finite(self.steps_done + 1, rollout, named | {"value": rollout.values})
+        kl = {} if rollout.exact_kl is None else {"exact_kl": rollout.exact_kl}
+        require_finite(step, rollout, named | {"value": rollout.values} | kl)
         return rollout
 
     def check_first(self, rollout: Rollout) -> None:
@@ -107,14 +124,30 @@ class PolicyTrainer(Generic[Settings]):
                 break
         return {name: total / count for name, total in totals.items()} | {"update/epochs": float(epochs)}
 
-    def backward(self, loss: Tensor, held: Iterable[nn.Parameter] = ()) -> Tensor:
-        """Gradients of `loss`, clipped together; `held` parameters get none. Returns their norm before clipping."""
+    def backward(
+        self, rollout: Rollout, rows: Tensor, loss_of: Callable[[Tensor], Loss], held: Iterable[nn.Parameter] = ()
+    ) -> dict[str, Tensor]:
+        """Gradients of a minibatch's loss, clipped together; `held` parameters get none. Returns its figures.
+
+        In passes of at most TOKENS_PER_PASS tokens. What `loss_of(rows)` gives are means, so that of each pass counts
+        by its share of the minibatch.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        mask = rollout.completion_mask
+        totals: dict[str, Tensor] = {}
+        for part in rows.split(rows_per_pass(rollout.ids.shape[1])):
+            loss, figures = loss_of(part)
+            tokens = mask[part].sum() / mask[rows].sum()
+            share = len(part) / len(rows) if self.loss_per_completion else tokens
+            (loss * share).backward()
+            for name, figure in figures.items():
+                of_loss = name == "policy/loss"
+                totals[name] = totals.get(name, 0.0) + figure.detach() * (share if of_loss else tokens)
         for parameter in held:
             parameter.grad = None
         trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return torch.nn.utils.clip_grad_norm_(trainable, self.settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, self.settings.max_grad_norm)
+        return totals | {"policy/grad_norm": norm}
 
     def policy_stats(self, old: Tensor, logprobs: Tensor, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """How far the policy is from where it sampled, and how spread out."""

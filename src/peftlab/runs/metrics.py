@@ -208,6 +208,20 @@ _REGISTRY = [
         better="higher",
     ),
     Metric(
+        "compare/win_rate",
+        "Share of the pairs, an answer of the policy and one of the other model to the same prompt, that the policy's "
+        "wins by score; a tie counts one half. All pairs of a prompt are compared.",
+        better="higher", source="0.5 is a draw; interval by prompt",
+    ),
+    Metric("compare/ties", "Share of those pairs whose scores are at most the tie margin apart."),
+    Metric(
+        "compare/win_rate_length_matched",
+        "The win rate of those pairs alone whose lengths in tokens differ by 10% of the longer at most: what is left "
+        "of it where length cannot decide.",
+        better="higher", source="Singhal et al. 2023",
+    ),
+    Metric("compare/length_matched", "Share of the pairs that are so matched."),
+    Metric(
         "agreement/*",
         "Of the held-out pairs that this part of the rubric tells apart, the share in which the reward model gives the "
         "higher score to the answer that the part prefers; a tie counts one half.",
@@ -238,6 +252,11 @@ _REGISTRY = [
         source="the lab's demo bound; above it the text drifts from the language of the data",
     ),
     Metric(
+        "eval/reference_perplexity",
+        "exp of the mean negative log-likelihood per token of the policy's samples under the frozen reference.",
+        better="lower", source="compare with the reference's own samples, its baseline",
+    ),
+    Metric(
         "eval/distinct_1",
         "Different words over all words (lower-cased, split at white space), pooled over the completions; "
         "it falls as their number grows, so compare equal counts.",
@@ -263,6 +282,12 @@ _REGISTRY = [
     Metric(
         "eval/reward",
         "Reward before any KL penalty, mean over the evaluation completions.",
+        better="higher",
+    ),
+    Metric(
+        "eval/part/*",
+        "One named part of a reward of several, before weighting, mean over the evaluation completions; not those of "
+        "the rubric in task explanation, which stand as rubric/*.",
         better="higher",
     ),
     Metric(
@@ -358,6 +383,19 @@ _REGISTRY = [
         unit="nats", better="lower",
         source="Schulman 2020; unbiased, may dip below 0 by chance, keeps below 0 only where sampling is "
                "truncated",
+    ),
+    Metric(
+        "kl/exact",
+        "KL(policy || reference) itself, over the whole vocabulary at each sampled token and at the temperature of "
+        "sampling, summed over a completion, mean over the step's rollouts: what the estimates scatter about. In the "
+        "first step and each record_every-th.",
+        unit="nats", better="lower",
+    ),
+    Metric(
+        "kl/k2",
+        "k2 estimate of the same: half the squared log-ratio of the sampled tokens, summed over a completion, mean "
+        "over the step's rollouts; never negative, close while the two are close.",
+        unit="nats", better="lower", source="Schulman 2020; biased",
     ),
     Metric(
         "kl/k3",
