@@ -7,7 +7,8 @@ import torch
 
 from peftlab.models.backbone import causal_logits
 from peftlab.ops.logprobs import token_logprobs
-from peftlab.sampling.sampler import Decoding, Sampler, choose, row_uniforms, truncate
+from peftlab.sampling.choice import choose, row_uniforms, truncate
+from peftlab.sampling.sampler import Decoding, Sampler
 
 PROMPTS = [[5, 6, 7, 8, 9], [11], [3, 4, 12]]
 SEEDS = [1, 2, 3]
@@ -38,7 +39,11 @@ def test_greedy_equals_generate(sampler):
     ids, mask = sampler.pad(PROMPTS)
     ours = sampler.sample(PROMPTS, SEEDS, Decoding(max_new_tokens=8, temperature=0.0))
     theirs = sampler.model.generate(
-        input_ids=ids, attention_mask=mask.long(), max_new_tokens=8, do_sample=False, pad_token_id=sampler.pad_id,
+        input_ids=ids,
+        attention_mask=mask.long(),
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=sampler.pad_id,
         eos_token_id=sampler.eos_id,
     )[:, ids.shape[1] :]
     width = min(theirs.shape[1], ours.completion_ids.shape[1])

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.masks import completion_mask
+from ..runs.progress import say
+from .choice import Decoding, choose, row_uniforms
 from .engine import decoder_of
+from .fused import fused_step
+from .graphed import GraphedDecoder
 
+__all__ = ["Decoding", "Sampler", "Samples"]
 
-@dataclass(frozen=True)
-class Decoding:
-    """How to choose tokens. `temperature = 0` is greedy; top_k = 0 and top_p = 1 leave the distribution whole."""
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+# Steps between looks at whether all rows have ended, on a GPU: a look waits for the device, a step too many costs one.
+LOOK_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Sampler:
         self.tokenizer = tokenizer
         self.eos_id: int | None = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
+        self._graphed: GraphedDecoder | None = None
+        self._weights: tuple[int, ...] = ()  # where they lay when it was made
 
     @property
     def device(self) -> torch.device:
@@ -80,19 +82,28 @@ class Sampler:
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], decoding: Decoding) -> Samples:
         """One completion a prompt. `prompts`: token lists; `seeds`: one integer a row."""
         prompt_ids, prompt_mask = self.pad(prompts)
-        steps = list(self.decode(prompt_ids, prompt_mask, seeds, decoding))
+        steps = list(self.decode(prompt_ids, prompt_mask, seeds, decoding, LOOK_EVERY))
         completion_ids = torch.stack([ids for ids, _ in steps], 1)
         mask = completion_mask(completion_ids, self.eos_id)
-        logprobs = torch.stack([logp for _, logp in steps], 1) * mask
+        width = int(mask.sum(1).max())
+        completion_ids, mask = completion_ids[:, :width], mask[:, :width]
+        logprobs = torch.stack([logp for _, logp in steps], 1)[:, :width] * mask
         ended = (completion_ids == (-1 if self.eos_id is None else self.eos_id)).any(1)
         completion_ids = completion_ids.masked_fill(~mask, self.pad_id)
         return Samples(prompt_ids, prompt_mask, completion_ids, mask, logprobs, ended)
 
     @torch.no_grad()
     def decode(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, seeds: Sequence[int], decoding: Decoding
+        self, prompt_ids: Tensor, prompt_mask: Tensor, seeds: Sequence[int], decoding: Decoding, look_every: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (token_ids, logprobs), each (B,), per step, until every row has ended or max_new_tokens is reached."""
+        """Yield (token_ids, logprobs), each (B,), per step, until every row has ended or max_new_tokens is reached.
+
+        `look_every`: steps between looks at whether all rows have ended. On a CPU each step has one: it is free.
+        """
+        graphed = self._graphs()
+        if graphed is not None:
+            yield from graphed.decode(prompt_ids, prompt_mask, seeds, self.eos_id, decoding, look_every)
+            return
         uniforms = row_uniforms(seeds, decoding.max_new_tokens).to(self.device)
         ended = torch.zeros(len(prompt_ids), dtype=torch.bool, device=self.device)
         decoder = decoder_of(self.model)
@@ -107,6 +118,19 @@ class Sampler:
             if step + 1 < decoding.max_new_tokens:
                 logits = decoder.next(tokens)
 
+    def _graphs(self) -> GraphedDecoder | None:
+        """The decoder of CUDA graphs, made at first use and again where weights moved; None without one."""
+        if self.device.type != "cuda":
+            return None
+        if self._graphed is None or self._weights != _addresses(self.model):
+            self._graphed = None  # its memory is free before the new one asks for it
+            step = fused_step(self.model)
+            if step is None:
+                _say_once(type(self.model).__name__)
+                return None
+            self._graphed, self._weights = GraphedDecoder(step), _addresses(self.model)
+        return self._graphed
+
     def text(self, token_ids: Sequence[int] | Tensor) -> str:
         """Decoded text without special tokens, exactly as the tokens spell it."""
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -118,43 +142,14 @@ class Sampler:
         return [self.text(ids[:length]) for ids, length in rows]
 
 
-def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """(B, steps) uniforms in [0, 1), row b from a generator seeded with seeds[b]; float64, made on the CPU."""
-    generator = torch.Generator()
-    rows = [torch.rand(steps, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    return torch.stack(rows).float().clamp(max=1 - 2**-24)
+def _addresses(model: Any) -> tuple[int, ...]:
+    """Where the weights of a model lie."""
+    return tuple(parameter.data_ptr() for parameter in model.parameters())
 
 
-def choose(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """Sample a token a row by inverting the cumulative distribution at `uniforms`.
-
-    logits (B, V), uniforms (B,). Returns tokens (B,) and their log-probabilities (B,) under the distribution that was
-    sampled from (temperature and truncation included; greedy reports the untempered one).
-    """
-    logits = logits.float()
-    if decoding.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    if decoding.temperature != 1.0:
-        logits = logits / decoding.temperature
-    logits = truncate(logits, decoding.top_k, decoding.top_p)
-    probabilities = (logits - logits.logsumexp(-1, keepdim=True)).exp()
-    cumulative = probabilities.cumsum(-1)
-    # Scaling by the total absorbs the rounding of the sum; the first entry above the draw never has probability 0.
-    draws = (uniforms * cumulative[:, -1]).unsqueeze(-1)
-    last = (probabilities > 0).float().cumsum(-1).argmax(-1, keepdim=True)
-    tokens = torch.minimum(torch.searchsorted(cumulative, draws, right=True), last)
-    logprobs = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
-    return tokens.squeeze(-1), logprobs.squeeze(-1)
-
-
-def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set logits outside the top k, or outside the smallest set of mass top_p (Holtzman et al. 2020), to -inf."""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        drop = torch.zeros_like(mass_before, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
-    return logits
+@cache
+def _say_once(kind: str) -> None:
+    say(
+        f"sampling: {kind} decodes by its own forward, token by token: CUDA graphs know GPT-2 and Llama models with no "
+        "adapter attached"
+    )

@@ -1,0 +1,176 @@
+"""Decoding by CUDA graphs: a captured step is the model, the choice of a token, its log-probability and the counters.
+
+A graph is bound to fixed addresses. So rows and slots are rounded up to buckets, all state lives in a `Slab` that is
+allocated once a bucket, and weights are read where they lie: what is written into them in place (Roles.refresh) acts in
+the next step. The host waits for the device only where it looks whether all rows have ended.
+
+Shapes: B rows, R >= B rows of the bucket, S slots of the cache, P of them the prompt's, L layers, G heads of keys and
+values, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .choice import BLOCK, Decoding, choose_in_blocks, row_uniforms
+from .fused import FusedStep
+from .slab import UNSEEN, Slab, row_bucket, slot_bucket
+
+# Tokens of prompts up to which reading them is worth a graph; above, the device is busy for longer than launches take.
+CAPTURED_TOKENS = 1 << 14
+# Kinds of steps that are remembered. Beyond them all are forgotten: a graph holds some megabytes of the device.
+KINDS = 64
+# (rows, slots) of the slab; slots that are seen (negative: of prompts to be read); temperature, top_k and top_p.
+Kind = tuple[tuple[int, ...], int, tuple[float, int, float]]
+
+
+class GraphedDecoder:
+    """Decodes by captured steps, or (`capture = False`, and always on a CPU) by the same steps called one by one."""
+
+    def __init__(self, step: FusedStep, capture: bool = True) -> None:
+        self.step = step
+        self.device = step.head.device
+        self.capture = capture and self.device.type == "cuda"
+        # What runs once before it is captured runs on the stream of captures: workspaces of libraries belong to one.
+        self.stream: Any = torch.cuda.Stream(self.device) if self.capture else None
+        self.graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}
+        self.slabs: dict[tuple[int, int], Slab] = {}
+        self.cache = step.head.new_empty(0)
+        self.logits = step.head.new_empty(0)
+        self.turn = 0
+
+    def decode(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        seeds: Sequence[int],
+        eos_id: int | None,
+        decoding: Decoding,
+        look_every: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (tokens, logprobs), each (B,), a step, until max_new_tokens or all rows are seen to have ended.
+
+        ids, mask (B, P), left-padded; a seed a row. It looks every `look_every` steps, so up to that many less one come
+        after the last EOS. What is yielded stays as it is until the next decode begins.
+        """
+        self.turn += 1
+        turn, rows, steps = self.turn, len(ids), decoding.max_new_tokens
+        prompt = -(-ids.shape[1] // 8) * 8  # attention asks for rows of a mask that are aligned
+        slab = self._slab(rows, prompt + steps)
+        slab.begin(ids, mask, prompt, row_uniforms(seeds, steps), -1 if eos_id is None else eos_id)
+        size, choice = slab.unseen.shape, (decoding.temperature, decoding.top_k, decoding.top_p)
+        for step in range(steps):
+            if turn != self.turn:
+                raise RuntimeError("another decode began before this one had ended: they share one cache")
+            if step == 0:
+                self._run((size, -prompt, choice), partial(self._read, slab, prompt, decoding))
+            else:
+                seen = slot_bucket(prompt + step)
+                self._run((size, seen, choice), partial(self._advance, slab, seen, decoding))
+            yield slab.chosen[step, :rows], slab.logprobs[step, :rows]
+            if eos_id is not None and (step + 1) % look_every == 0 and bool(slab.ended.all()):
+                return
+
+    def _read(self, slab: Slab, prompt: int, decoding: Decoding) -> None:
+        """Read the prompts and choose a first token."""
+        rows, groups, width = len(slab.tokens), self.step.groups, self.step.width
+        hidden = slab.unseen[:, None, None, :prompt]
+        hidden = torch.minimum(hidden, hidden.new_full((prompt, prompt), UNSEEN).triu(1))
+
+        def attend(layer: int, query: Tensor, pairs: Tensor) -> Tensor:
+            cache = slab.cache[layer, :, :, :, :prompt]
+            cache.copy_(pairs.view(rows, prompt, 2, groups, width).permute(2, 0, 3, 1, 4))
+            query = query.reshape(rows, prompt, groups, -1, width).permute(0, 2, 3, 1, 4)
+            keys, values = (part.unsqueeze(2).expand(query.shape).flatten(1, 2) for part in cache)
+            query = query.flatten(1, 2)
+            seen = hidden.expand(-1, query.shape[1], -1, -1)
+            mixed = scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+            return mixed.transpose(1, 2).reshape(rows * prompt, -1)
+
+        states = self.step(slab.ids[:, :prompt].flatten(), slab.places[:, :prompt].flatten(), attend)
+        self._choose(slab, states.view(rows, prompt, -1)[:, -1], decoding)
+
+    def _advance(self, slab: Slab, seen: int, decoding: Decoding) -> None:
+        """Read the last tokens, over the first `seen` slots, and choose the next."""
+        slab.unseen.index_fill_(1, slab.slot, 0.0)
+        hidden = slab.unseen[:, None, None, :seen]
+
+        def attend(layer: int, query: Tensor, pairs: Tensor) -> Tensor:
+            slab.cache[layer].index_copy_(3, slab.slot, pairs.transpose(0, 1).unsqueeze(3))
+            keys, values = slab.cache[layer, :, :, :, :seen]
+            # Heads that share a key stand where positions would: no key is copied for each of them.
+            query = query.reshape(len(query), self.step.groups, -1, self.step.width)
+            mask = hidden.expand(*query.shape[:3], -1)
+            return scaled_dot_product_attention(query, keys, values, attn_mask=mask).reshape(len(query), -1)
+
+        self._choose(slab, self.step(slab.tokens, slab.positions, attend), decoding)
+
+    def _choose(self, slab: Slab, states: Tensor, decoding: Decoding) -> None:
+        """Choose tokens by the last states (R, width), and move on. Nothing in it asks the device for a value."""
+        head = self.step.head
+        torch.mm(states, head.t(), out=slab.logits[:, : len(head)])
+        uniforms = slab.uniforms.index_select(0, slab.step)[0]
+        tokens, logprobs = choose_in_blocks(slab.logits, uniforms, decoding)
+        slab.chosen.index_copy_(0, slab.step, tokens.unsqueeze(0))
+        slab.logprobs.index_copy_(0, slab.step, logprobs.unsqueeze(0))
+        slab.ended.logical_or_(tokens == slab.eos)
+        slab.tokens.copy_(tokens)
+        slab.counters.add_(1)
+
+    def _run(self, kind: Kind, body: Callable[[], None]) -> None:
+        """A step of a kind: called the first time, when libraries set up what they keep, then captured, then replayed.
+
+        What is captured leaves nothing but what it wrote into its slab, so all graphs share one pool of memory.
+        """
+        (rows, _), seen, _ = kind
+        if not self.capture or -seen * rows > CAPTURED_TOKENS:
+            body()
+            self.graphs.setdefault(kind, None)
+            return
+        with torch.cuda.device(self.device):
+            if kind not in self.graphs:
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    body()
+                torch.cuda.current_stream().wait_stream(self.stream)
+                self.graphs[kind] = None
+                return
+            graph = self.graphs[kind]
+            if graph is None:
+                # The allocator forgets a pool with its last graph, so the handle comes from one that lives.
+                pool = next((other.pool() for other in self.graphs.values() if other), None)
+                graph = torch.cuda.CUDAGraph()
+                # Other threads (a communicator's watchdog, a data loader) may call CUDA meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                    body()
+                self.graphs[kind] = graph
+            graph.replay()
+
+    def _slab(self, rows: int, slots: int) -> Slab:
+        """The slab of a bucket. All of them share one memory for cache and logits: one decode runs at a time."""
+        rows, slots = row_bucket(rows), slot_bucket(slots)
+        shape = (self.step.layers, 2, rows, self.step.groups, slots, self.step.width)
+        size = prod(shape)
+        if size > len(self.cache) or rows > len(self.logits) or len(self.graphs) >= KINDS:
+            self._forget(max(size, len(self.cache)), max(rows, len(self.logits)))
+        if (rows, slots) not in self.slabs:
+            self.slabs[rows, slots] = Slab.around(self.cache[:size].view(shape), self.logits[:rows])
+        return self.slabs[rows, slots]
+
+    def _forget(self, size: int, rows: int) -> None:
+        """Drop all graphs and slabs, and make room for caches of `size` numbers and logits of `rows`."""
+        if self.capture:
+            torch.cuda.synchronize(self.device)  # the last decode may have been left while its graph ran
+        self.graphs.clear()
+        self.slabs.clear()
+        self.cache = self.logits = self.cache.new_empty(0)  # the old is free before the new is asked for
+        self.cache = self.cache.new_empty(size)
+        vocabulary = -(-len(self.step.head) // BLOCK) * BLOCK
+        self.logits = self.cache.new_full((rows, vocabulary), -torch.inf)
