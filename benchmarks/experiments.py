@@ -1,0 +1,226 @@
+"""The experiments behind the README's figures and LOG.md: grids of the lab's own commands, spread over GPUs.
+
+    python benchmarks/experiments.py NAME [--gpus 0,1] [--per-gpu 4] [--only WORD] [--dry-run]
+
+A job's run is runs/NAME/JOB, what it prints is in runs/NAME/JOB.log. What is done is not done again, and what was cut
+goes on from its checkpoint: give the same command again, on another machine too if runs/ is there. Last comes one JSON
+line a group of seeds: of each metric the mean, the least and the greatest of the seeds, or, of one, its 95% interval.
+Without a GPU give `--gpus cpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PROGRAM = [sys.executable, "-c", "from peftlab.cli import main; main()"]
+FIGURES = re.compile(r"(eval|rubric|compare)/")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of the lab. `after`: jobs that must be done first. `makes`: a folder of data; else it makes a run."""
+
+    name: str
+    command: str
+    after: tuple[str, ...] = ()
+    makes: str = ""
+
+    def finished(self, runs: Path) -> bool:
+        if self.makes:
+            return any((runs / self.makes).glob("*.json"))
+        path = runs / self.name / "summary.json"
+        return path.is_file() and json.loads(path.read_text())["status"] == "done"
+
+    def arguments(self, runs: Path) -> list[str]:
+        """What the program is given; a run that has not begun is one to resume from its start."""
+        words = self.command.replace("RUNS", str(runs)).split()
+        if self.makes:
+            return [*words, "--output", str(runs / self.makes)]
+        return [*words, "--run", f"{runs.name}/{self.name}", "--resume"]
+
+
+def summaries() -> list[Job]:
+    """ROUGE of the four ways to teach tiny-t5 to say the gist of a review."""
+    rates = {"prefix-full": 3e-3, "prefix": 3e-3, "lora": 2e-3, "full": 1e-3}
+    keys = "batch_size=64 epochs=4 eval_limit=0"
+    return [
+        Job(f"{method}-s{seed}", f"summarize summarize-tiny method={method} lr={lr} seed={seed} {keys}")
+        for seed in range(3)
+        for method, lr in rates.items()
+    ]
+
+
+def explanations() -> list[Job]:
+    """Base, SFT, reward model, then PPO, RLOO and DPO on SmolLM2's explanations of reviews."""
+    answers = "data preferences --policy RUNS/sft --k 4 --batch-size 512 --dtype bfloat16"
+    held_out = "eval_data=RUNS/pairs-held-out/preferences-test.jsonl"
+    pairs = f"train_data=RUNS/pairs/preferences-train.jsonl {held_out}"
+    made = ("pairs", "pairs-held-out")
+    return [
+        Job("sft-tiny", "sft tiny-explanations"),
+        Job("sft", "sft smollm2-explanations"),
+        Job("pairs", f"{answers} --prompts imdb-explanations:train --limit 6000 --held-out 200", ("sft",), "pairs"),
+        Job(
+            "pairs-held-out", f"{answers} --prompts imdb-explanations:test --held-out 0.95", ("sft",), "pairs-held-out"
+        ),
+        Job("reward", f"reward reward-explanations model=RUNS/sft {pairs}", made),
+        Job("reward-flipped", f"reward reward-explanations model=RUNS/sft {pairs} flip_labels=0.25", made),
+        *(
+            Job(f"{how}-s{seed}", f"{how} {how}-explanations model=RUNS/sft seed={seed}", ("sft",))
+            for seed in range(3)
+            for how in ("ppo", "rloo")
+        ),
+        *(Job(f"dpo-s{seed}", f"dpo dpo-explanations model=RUNS/sft {pairs} seed={seed}", made) for seed in range(3)),
+    ]
+
+
+def frontier() -> list[Job]:
+    """Judge against KL on continuations of 48 tokens: PPO, RLOO and DPO at several strengths, three seeds."""
+    shape = "model=RUNS/sft prompt_tokens=[2,8] max_new_tokens=48 eval_prompts=750"
+    steered = f"{shape} steps=100 kl_horizon=2000"
+    jobs = [
+        Job("sft", "sft sft-tiny"),
+        Job(
+            "pairs",
+            "data preferences --policy RUNS/sft --prompts imdb:train --k 4 --prompt-tokens 2,8 --max-new-tokens 48 "
+            "--scorer imdb-sentiment --min-margin 1 --batch-size 512",
+            ("sft",),
+            "pairs",
+        ),
+    ]
+    data = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl max_length=64"
+    for seed in range(3):
+        for target in (1.5, 3, 6, 9, 12):
+            aim = f"kl_target={target} kl_stop={2 * target + 2} seed={seed}"
+            jobs += [
+                Job(f"{how}-{target}-s{seed}", f"{how} {how}-tiny {steered} {aim} {size}", ("sft",))
+                for how, size in (
+                    ("ppo", "prompts_per_step=256 minibatch_size=128"),
+                    ("rloo", "prompts_per_step=64"),
+                )
+            ]
+        jobs += [
+            Job(f"dpo-{beta}-s{seed}", f"dpo dpo-tiny {shape} {data} beta={beta} lr=5e-4 seed={seed}", ("pairs",))
+            for beta in (0.03, 0.05, 0.1, 0.3, 1.0)
+        ]
+    return jobs
+
+
+def rank() -> list[Job]:
+    """How much rank a policy's LoRA needs, at the same KL."""
+    keys = "model=RUNS/sft kl_target=5 kl_horizon=2000 kl_stop=12 max_new_tokens=48 eval_prompts=750"
+    grid = [(r, seed) for seed in range(3) for r in (1, 4, 16, 64)]
+    jobs = [Job("sft", "sft sft-tiny")]
+    lora = "lora.r={r} lora.alpha={alpha}"
+    return jobs + [
+        Job(f"r{r}-s{seed}", f"ppo ppo-tiny {keys} seed={seed} {lora.format(r=r, alpha=2 * r)}", ("sft",))
+        for r, seed in grid
+    ]
+
+
+EXPERIMENTS: dict[str, Callable[[], list[Job]]] = {
+    f.__name__: f for f in (summaries, explanations, frontier, rank)
+}
+
+
+@dataclass
+class Machine:
+    """Its places for jobs, a GPU each, and what runs there."""
+
+    places: list[str]
+    running: dict[str, tuple[subprocess.Popen[bytes], str]] = field(default_factory=dict)
+
+    def start(self, job: Job, runs: Path) -> None:
+        """Where a place is free."""
+        place = self.places.pop(0)
+        environment = os.environ | ({} if place == "cpu" else {"CUDA_VISIBLE_DEVICES": place})
+        with (runs / f"{job.name}.log").open("ab") as log:
+            arguments = [*PROGRAM, *job.arguments(runs)]
+            process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        self.running[job.name] = process, place
+
+    def ended(self) -> list[tuple[str, int]]:
+        """Names and exit codes of the jobs that ended since; their places are free again."""
+        found = [(name, code) for name, (process, _) in self.running.items() if (code := process.poll()) is not None]
+        for name, _ in found:
+            self.places.append(self.running.pop(name)[1])
+        return found
+
+
+def execute(jobs: list[Job], runs: Path, machine: Machine) -> bool:
+    """Every job, each as soon as what it stands on is done. True if all are."""
+    runs.mkdir(parents=True, exist_ok=True)
+    done = {job.name for job in jobs if job.finished(runs)}
+    waiting = [job for job in jobs if job.name not in done]
+    began = time.monotonic()
+    while waiting or machine.running:
+        for job in [job for job in waiting if done.issuperset(job.after)][: len(machine.places)]:
+            waiting.remove(job)
+            machine.start(job, runs)
+        if not machine.running:
+            print(f"not run, since what they stand on failed: {', '.join(j.name for j in waiting)}", file=sys.stderr)
+            return False
+        time.sleep(0.2)
+        for name, code in machine.ended():
+            told = "done" if code == 0 else f"exit {code}, see {runs / name}.log"
+            print(f"{time.monotonic() - began:6.0f} s  {name} {told}", file=sys.stderr)
+            done |= {name} if code == 0 else set()
+    return len(done) == len(jobs)
+
+
+def rows(jobs: list[Job], runs: Path) -> list[dict[str, Any]]:
+    """A row a group of seeds, and one for what they began with; a group's figures are those of its finished runs."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for job in jobs:
+        if not job.makes and job.finished(runs):
+            summary = json.loads((runs / job.name / "summary.json").read_text())
+            groups.setdefault(re.sub(r"-s\d+$", "", job.name), []).append(summary)
+    found = []
+    for group, summaries_ in groups.items():
+        figures = {name for name in summaries_[0]["metrics"] if FIGURES.match(name)}
+        row: dict[str, Any] = {"experiment": runs.name, "group": group, "seeds": len(summaries_)}
+        for name in sorted(figures):
+            values = [summary["metrics"][name] for summary in summaries_]
+            spread = summaries_[0].get("intervals", {}).get(name) if len(values) == 1 else [min(values), max(values)]
+            row[name] = [round(number, 4) for number in (statistics.mean(values), *(spread or ()))]
+        before = summaries_[0].get("baseline") or {}
+        found.append(row | {"before": {n: round(v, 4) for n, v in sorted(before.items()) if n in figures}})
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--gpus", default="0", help="numbers of GPUs, or cpu")
+    parser.add_argument("--per-gpu", type=int, default=4, help="jobs on a GPU at a time")
+    parser.add_argument("--only", default="", help="jobs whose names contain this, and what they stand on")
+    parser.add_argument("--dry-run", action="store_true", help="show the commands")
+    given = parser.parse_args()
+    jobs, runs = EXPERIMENTS[given.name](), Path("runs") / given.name
+    if given.only:
+        kept = {job.name for job in jobs if given.only in job.name}
+        for job in reversed(jobs):  # a job stands behind those that it needs
+            kept |= set(job.after) if job.name in kept else set()
+        jobs = [job for job in jobs if job.name in kept]
+    if given.dry_run:
+        print("\n".join("peftlab " + " ".join(job.arguments(runs)) for job in jobs))
+        return 0
+    complete = execute(jobs, runs, Machine(given.gpus.split(",") * given.per_gpu))
+    for row in rows(jobs, runs):
+        print(json.dumps(row))
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
