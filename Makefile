@@ -53,9 +53,10 @@ lint: $(STAMP)  ## ruff
 types: $(STAMP)  ## mypy, strict in ops, rl and sampling
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## every program in benchmarks/, one JSON line a row
-	@set -eu; shopt -s nullglob; \
-	for program in benchmarks/*.py; do echo "$$program" >&2; $(BIN)/python "$$program"; done
+bench: $(STAMP)  ## speed and memory, one JSON line a row (PEER=--peer: beside TRL and generate)
+	@set -eu; for program in decode ppo_step memory; do \
+	echo "$$program" >&2; $(BIN)/python benchmarks/$$program.py $(PEER); done; \
+	for program in train_step data_check; do echo "$$program" >&2; $(BIN)/python benchmarks/$$program.py; done
 
 clean:  ## removes .venv, caches and runs/
 	rm -rf .venv runs build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -14,7 +14,7 @@ recipe = "ppo"
 model = "demo/sft/adapter"
 train_data = "imdb:train"
 eval_data = "imdb:prompts"
-reward = "imdb-sentiment"
+reward = "imdb-sentiment + 0.5*rubric:length"
 judge = "imdb-judge"
 max_new_tokens = 24
 lr = 0.001
@@ -59,6 +59,7 @@ def ppo_run(root: Path, name: str = "ppo", steps: int = 40, prompts: int = 60) -
             "eval/distinct_1": 0.31,
             "eval/distinct_2": 0.842,
             "eval/perplexity_ratio": 1.0,
+            "eval/reward": 0.03,
         }
         after = {
             "eval/judge": 0.861,
@@ -69,6 +70,7 @@ def ppo_run(root: Path, name: str = "ppo", steps: int = 40, prompts: int = 60) -
             "eval/distinct_1": 0.28,
             "eval/distinct_2": 0.791,
             "eval/perplexity_ratio": 1.12,
+            "eval/reward": 1.71,
             "invariant/first_kl": 0.0,
             "invariant/first_ratio_error": 3.4e-6,
         }
@@ -144,11 +146,29 @@ def demo_run(root: Path, name: str = "demo") -> RunDir:
     return run
 
 
+def record(root: Path, rows: list[dict[str, Any]], recipe: str = "ppo", name: str = "run") -> Path:
+    """The folder of a run that holds these rollouts and nothing else."""
+    run = RunDir.create(root, name, recipe, "")
+    with run.session():
+        run.append_rollouts(rows)
+        run.finish({}, {})
+    return run.path
+
+
+def rollout_row(step: int, prompt_id: str, kl: float = 0.5, **fields: Any) -> dict[str, Any]:
+    """A recorded rollout of four tokens, without a critic and without rewards of tokens."""
+    tokens = [
+        {"token": f" {word}", "logprob": -1.0, "ref_logprob": -1.0 - kl, "kl": kl * at, "advantage": -0.25}
+        for at, word in enumerate(("so", "good", "it", "was"))
+    ]
+    base = {"step": step, "prompt_id": prompt_id, "prompt": f"About {prompt_id}:", "completion": " so good it was"}
+    return base | {"score": 1.5, "score_parts": {"fun": 1.5}, "tokens": tokens} | fields
+
+
 def _ppo_metrics(dice: random.Random, share: float) -> dict[str, float]:
     rise = 1 - math.exp(-3 * share)
     noise = dice.gauss
     metrics = {
-        "reward/mean": 1.6 * rise + noise(0, 0.06),
         "reward/std": 1 - 0.45 * rise + noise(0, 0.03),
         "reward/part/imdb-sentiment": 1.6 * rise + noise(0, 0.06),
         "reward/part/length": 0.2 * rise + noise(0, 0.02),
@@ -169,6 +189,8 @@ def _ppo_metrics(dice: random.Random, share: float) -> dict[str, float]:
         "time/rollout_s": 0.9 + abs(noise(0, 0.1)),
         "time/update_s": 1.3 + abs(noise(0, 0.1)),
     }
+    # As the recipe has it: the parts are logged unweighted, and the reward is their weighted sum.
+    metrics["reward/mean"] = metrics["reward/part/imdb-sentiment"] + 0.5 * metrics["reward/part/length"]
     return metrics | {"time/step_s": metrics["time/rollout_s"] + metrics["time/update_s"]}
 
 

@@ -89,7 +89,8 @@ def test_a_preview_shows_prompt_and_both_answers(tmp_path):
 
 
 def answers(*scores: float, texts: str = "") -> list[Answer]:
-    return [Answer(i, 100 + i, f" {(texts or 'abcdefgh')[i]}", score, {"x": score}) for i, score in enumerate(scores)]
+    words = texts or "abcdefgh"
+    return [Answer(i, 100 + i, f" {words[i]}", score, {"x": score}, True) for i, score in enumerate(scores)]
 
 
 def pair_up(own: list[Answer], margin: float = 0.1, most: int = 99) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -228,6 +229,28 @@ def test_the_seeds_in_a_row_give_its_answers_again(shop, tmp_path):
             assert sampler.texts(sampled) == [row[side]]
 
 
+def test_a_row_tells_of_each_answer_whether_eos_ended_it(shop, tmp_path):
+    built(shop, tmp_path)
+    sampler, seen = load_sampler(shop["policy"], "cpu"), set()
+    for row in rows_in(tmp_path / "preferences-train.jsonl"):
+        ids = sampler.tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        for side in ("chosen", "rejected"):
+            sampled = sampler.sample([ids], [row["source"][f"{side}_seed"]], Decoding(8))
+            assert row["source"][f"{side}_ended"] is bool(sampled.ended[0])
+            seen.add(bool(sampled.ended[0]))
+    assert seen == {True, False}
+
+
+def test_a_rewards_line_scores_with_every_part(shop, tmp_path):
+    line = f"{shop['root']}/praise + 0.5*my_scores:same + -0.25*rubric:length"
+    built(shop, tmp_path / "line.jsonl", scorer=line, min_margin=1e-6)
+    for row in rows_in(tmp_path / "line.jsonl"):
+        chosen, rejected = (row["source"]["scores"][side] for side in ("chosen", "rejected"))
+        assert chosen.keys() == {"praise", "same", "length"} and chosen["same"] == 1
+        gap = chosen["praise"] - rejected["praise"] - 0.25 * (chosen["length"] - rejected["length"])
+        assert gap == pytest.approx(row["margin"], abs=1e-5)
+
+
 def test_batches_other_prompts_and_their_order_do_not_matter(shop, tmp_path):
     built(shop, tmp_path / "a", prompt_tokens=(2, 5))
     built(shop, tmp_path / "b", prompt_tokens=(2, 5), batch_size=5, prompts=shop["backwards"], held_out=0)
@@ -293,6 +316,9 @@ def test_the_card_names_the_command_that_builds_the_same(shop, tmp_path):
     ("--scorer my_scores:letters --weight label=1", ["--weight", "rubric"]),
     ("--scorer nowhere:f", ["nowhere"]),
     ("--scorer {gpt2}", ["not a classifier"]),
+    ("--scorer {root}/praise+rubric:label", ["rubric:label", "has no label"]),
+    ("--scorer {root}/praise+rubric:length --want label", ["--want label", "one classifier"]),
+    ("--scorer 2*", ["is no part"]),
     ("--prompt-tokens 3", ["--prompt-tokens 3", "LOW,HIGH"]),
     ("--prompt-tokens 5,2", ["--prompt-tokens"]),
     ("--prompt-tokens 2,90 --scorer my_scores:letters --max-new-tokens 8", ["--prompt-tokens", "56"]),

@@ -222,7 +222,7 @@ def data_preferences(
     prompts: Annotated[str, typer.Option(help="data as in a config: imdb:train, imdb-explanations:train, a file")],
     output: Annotated[Path, typer.Option(help="folder to write into, or the .jsonl file of the training pairs")],
     k: Annotated[int, typer.Option(help="answers to sample of each prompt")] = 4,
-    scorer: Annotated[str, typer.Option(help="rubric, a sentiment classifier, or module:function")] = "rubric",
+    scorer: Annotated[str, typer.Option(help="rubric, or a reward as in imdb-sentiment + rubric:length")] = "rubric",
     want: Annotated[str, typer.Option(help="of a classifier: positive, negative, or label: the prompt's own")]
     = "positive",
     weight: Annotated[list[str] | None, typer.Option(help="PART=NUMBER of the rubric; default: mean of all")] = None,
@@ -312,13 +312,26 @@ def predict(
 
 @app.command("eval")
 def evaluate(
-    stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")],
+    stacks: Annotated[list[str], typer.Argument(help="a run, model or adapter; several runs with --frontier")],
     data: Annotated[
         str | None,
-        typer.Option(help="held-out data: a name with a split, or a file; default imdb:test, or imdb-gist:test"),
+        typer.Option(help="held-out data: NAME:SPLIT or a file; default: the run's, imdb:test or imdb-gist:test"),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="only this many rows, a seeded sample")] = None,
     columns: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, where the data's name is another")] = None,
+    samples: Annotated[int, typer.Option(help="of a policy: answers to each prompt")] = 1,
+    checkpoint: Annotated[int | None, typer.Option(help="of a policy: a step that was kept; default: its end")] = None,
+    against: Annotated[str | None, typer.Option(help="win rate of a policy against this run, adapter or model")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="what answers are compared by: a measure, or a reward; default: the judge")
+    ] = None,
+    tie_margin: Annotated[float, typer.Option(help="scores this near tie")] = 0.01,
+    frontier: Annotated[bool, typer.Option("--frontier", help="draw what runs of a policy gained for their KL")]
+    = False,
+    reference_samples: Annotated[int, typer.Option(help="of --frontier: answers of the reference to each prompt")]
+    = 64,
+    chart: Annotated[Path, typer.Option(help="of --frontier: the SVG to write, and JSON beside it")]
+    = Path("frontier.svg"),
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -326,21 +339,29 @@ def evaluate(
 
     A classifier's accuracy, F1 and ECE, a summarizer's ROUGE, a reward model's accuracy on pairs of answers, a language
     model's perplexity, or, where rows are prompts with completions and labels, how its own answers explain the labels.
+    Of a run of ppo, rloo or dpo: its policy beside its reference, on the run's held-out prompts.
     """
     from .data.check import column_pairs
 
     mapped = column_pairs(columns or [])  # before the libraries load
     _loading()
-    from .recipes.evaluate import evaluate as run_evaluate
+    from .recipes.evaluate import PolicyOptions, run_eval
 
-    found = run_evaluate(stack, data, limit, device, mapped)
+    options = PolicyOptions(samples, checkpoint, against, by, tie_margin, frontier, reference_samples, chart)
+    found = run_eval(RUNS, stacks, data, limit, device, mapped, options)
     if as_json:
         _print(found, True)
         return
-    _print({name: value for name, value in found.items() if name not in ("metrics", "intervals")}, False)
+    _print({name: value for name, value in found.items() if not isinstance(value, dict | list)}, False)
     print()
-    _print_rows([{"metric": name, "value": value, "95% interval": _interval(found, name)}
-                 for name, value in found["metrics"].items()], False)
+    if frontier:
+        from .recipes.frontier import frontier_rows
+
+        _print_rows(frontier_rows(found), False)
+        return
+    baseline = found.get("baseline", {})
+    _print_rows([{"metric": name, **({"baseline": baseline.get(name)} if baseline else {}), "value": value,
+                  "95% interval": _interval(found, name)} for name, value in found["metrics"].items()], False)
 
 
 @app.command()
@@ -390,6 +411,21 @@ def report(run: Annotated[str, typer.Argument(help="a run's name below runs/, or
     from .runs.rundir import find_run
 
     print(render(find_run(RUNS, run)))
+
+
+@app.command()
+def inspect(
+    run: Annotated[str, typer.Argument(help="a run's name below runs/, or its folder")],
+    step: Annotated[int | None, typer.Option(help="default: the last one recorded")] = None,
+    prompt: Annotated[str | None, typer.Option(help="its number in that step, from 0, or its id")] = None,
+    by: Annotated[str | None, typer.Option(help="what colours the tokens: advantage, kl or reward")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="list what is recorded")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a recorded rollout of ppo or rloo token by token, and the run's alarms."""
+    from .recipes.inspect import inspect as run_inspect
+
+    run_inspect(RUNS, run, step, prompt, by, listed, as_json)
 
 
 @app.command()

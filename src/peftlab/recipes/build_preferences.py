@@ -22,11 +22,13 @@ from ..data.records import Prompt
 from ..data.sources import load_records
 from ..data.tokenize import encode
 from ..errors import LabError, UserError
+from ..models.adapters import kind_of
 from ..models.backbone import fingerprint, trunk
 from ..models.classifier import TextClassifier
-from ..rewards.parts import Reward, RewardFunction, RewardPart, user_function
+from ..rewards.parts import Reward, RewardFunction, RewardPart
 from ..rewards.rubric import RUBRIC
 from ..rewards.sentiment import log_odds
+from ..rewards.spec import reward_of, terms
 from ..runs.atomic import write_json, write_rows, write_text
 from ..sampling.sampler import Decoding, Sampler
 from .makers import number_of, sample_texts
@@ -174,18 +176,21 @@ def build_preferences(options: PreferenceOptions) -> dict[str, Any]:
 
 
 def scorer_of(options: PreferenceOptions, records: Sequence[Prompt]) -> Reward:
-    """What `--scorer` names, as named parts: the rubric's, a classifier's log-odds, or a function's."""
+    """What `--scorer` names, as named parts: the rubric, or a reward's line, whose parts are not normalised."""
     if options.scorer == "rubric":
         weights = dict(options.weights) or dict.fromkeys(RUBRIC, 1 / len(RUBRIC))
         _labels_there(records, "--scorer rubric has the part label", "weigh other parts, as in --weight length=1",
                       needed="label" in weights)
         return Reward(tuple(RewardPart(name, RUBRIC[name], weight) for name, weight in weights.items()))
-    if ":" in options.scorer and not Path(options.scorer).exists():
-        return Reward((RewardPart(options.scorer.split(":")[1], user_function(options.scorer)),))
-    _labels_there(records, "--want label", "give --want positive", needed=options.want == "label")
-    classifier = TextClassifier.load(options.scorer, device=options.device)
-    function = own_log_odds(classifier) if options.want == "label" else log_odds(classifier, options.want)
-    return Reward((RewardPart(Path(options.scorer).resolve().name, function),))
+    named = terms(options.scorer)
+    _labels_there(records, "--scorer has rubric:label", "leave it out", any(t.name == "rubric:label" for t in named))
+    if options.want != "label" or not any(term.is_model and kind_of(term.name) != "reward" for term in named):
+        return reward_of(options.scorer, options.want, device=options.device)
+    if len(named) > 1 or named[0].weight != 1:
+        raise UserError("--want label: for one classifier as --scorer; of a reward in parts give positive or negative")
+    _labels_there(records, "--want label", "give --want positive", needed=True)
+    classifier = TextClassifier.load(named[0].name, device=options.device)
+    return Reward((RewardPart(Path(named[0].name).resolve().name, own_log_odds(classifier)),))
 
 
 def _labels_there(records: Sequence[Prompt], what: str, remedy: str, needed: bool) -> None:
@@ -236,12 +241,12 @@ def answers_of(
     places = [(row, number) for row in range(len(records)) for number in range(options.k)]
     seeds = [number_of(options.seed, records[row].id, number) for row, number in places]
     decoding = Decoding(options.max_new_tokens, options.temperature)
-    texts = sample_texts(sampler, [prompt_ids[row] for row, _ in places], seeds, decoding, options.batch_size)
+    texts, ended = sample_texts(sampler, [prompt_ids[row] for row, _ in places], seeds, decoding, options.batch_size)
     asked = [records[row] for row, _ in places]
     scores, parts = scorer([record.prompt for record in asked], texts, asked)
     columns = {name: values.tolist() for name, values in parts.items()}
     answers: list[list[Answer]] = [[] for _ in records]
     for i, ((row, number), score) in enumerate(zip(places, scores.tolist(), strict=True)):
         own = {name: round(values[i], 6) for name, values in columns.items()}
-        answers[row].append(Answer(number, seeds[i], texts[i], score, own))
+        answers[row].append(Answer(number, seeds[i], texts[i], score, own, ended[i]))
     return answers

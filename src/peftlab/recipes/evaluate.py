@@ -1,8 +1,13 @@
-"""`peftlab eval`: how good is a classifier, a language model, a summarizer or a reward model on held-out data?"""
+"""`peftlab eval`: how good is a classifier, a language model, a summarizer or a reward model on held-out data?
+
+Of runs that train a policy: `policy_eval.py` and `frontier.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +26,50 @@ from ..models.backbone import Backbone
 from ..models.classifier import TextClassifier, own_labels
 from ..models.reward_model import RewardModel
 from ..sampling.sampler import Sampler
+from .frontier import draw_frontier
+from .policy_eval import compare_policy, evaluate_policy
+from .policy_options import PolicyOptions
+from .policy_run import recipe_of
 
 DATA = {"seq2seq": "imdb-gist:test"}
 Columns = Mapping[str, str] | None
+
+
+def run_eval(
+    root: Path,
+    names: Sequence[str],
+    data: str | None,
+    limit: int | None,
+    device: str,
+    columns: Columns,
+    options: PolicyOptions,
+) -> dict[str, Any]:
+    """What `peftlab eval NAMES` prints: of runs of a policy, by name below `root` or folder, what `options` ask for.
+
+    UserError where the options do not fit what the names are.
+    """
+    if len(names) > 1 and not options.frontier:
+        raise UserError(f"eval: {len(names)} names; one at a time, or several runs with --frontier")
+    folders = [_place(root, name) for name in names]
+    other = next((name for name, folder in zip(names, folders, strict=True) if recipe_of(folder) is None), None)
+    if other is not None:
+        options.refuse(other)
+        return evaluate(other, data, limit, device, columns)
+    if columns:
+        raise UserError("--columns: a policy's prompts are read as its run read them; leave it out")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: give 1 or more")
+    if options.frontier:
+        return draw_frontier(folders, data, limit, device, options)
+    if options.against:
+        options = replace(options, against=str(_place(root, options.against)))
+        return compare_policy(folders[0], data, limit, device, options)
+    return evaluate_policy(folders[0], data, limit, device, options)
+
+
+def _place(root: Path, name: str) -> Path:
+    """The folder of the run `name` below `root`, where there is one; else what the name says itself."""
+    return root / name if (root / name / "config.toml").is_file() else Path(name)
 
 
 def evaluate(name: str, data: str | None, limit: int | None, device: str, columns: Columns = None) -> dict[str, Any]:

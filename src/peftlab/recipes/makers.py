@@ -92,9 +92,8 @@ class Writer:
         seeds = [number_of(self.options.seed, ids[row], number) for row, number in places]
         decoding = Decoding(self.max_new_tokens, self.options.temperature)
         texts = [[""] * len(starts) for starts in openers]
-        for (row, number), text in zip(
-            places, sample_texts(self.sampler, prompts, seeds, decoding, self.options.batch_size), strict=True
-        ):
+        written, _ = sample_texts(self.sampler, prompts, seeds, decoding, self.options.batch_size)
+        for (row, number), text in zip(places, written, strict=True):
             texts[row][number] = openers[row][number] + text
         return texts
 
@@ -114,22 +113,22 @@ class Writer:
 
 def sample_texts(
     sampler: Sampler, prompts: Sequence[list[int]], seeds: Sequence[int], decoding: Decoding, batch_size: int
-) -> list[str]:
-    """What the model writes behind each prompt, in their order, row i from seeds[i].
+) -> tuple[list[str], list[bool]]:
+    """What the model writes behind each prompt, in their order, row i from seeds[i]; and whether EOS ended it.
 
     Rows of similar length share a batch, the longest first: what does not fit into memory fails at once.
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    texts = [""] * len(prompts)
+    texts, ended = [""] * len(prompts), [False] * len(prompts)
     progress, begun = Progress(len(prompts)), time.monotonic()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         samples = sampler.sample([prompts[row] for row in rows], [seeds[row] for row in rows], decoding)
-        for row, text in zip(rows, sampler.texts(samples), strict=True):
-            texts[row] = text
+        for row, text, end in zip(rows, sampler.texts(samples), samples.ended.tolist(), strict=True):
+            texts[row], ended[row] = text, end
         done = start + len(rows)
         progress.show(done, f"texts written, {done / (time.monotonic() - begun):.0f} a second")
-    return texts
+    return texts, ended
 
 
 def few_shot(shots: Sequence[tuple[str, str]], question: str) -> list[Message]:

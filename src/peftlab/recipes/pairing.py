@@ -18,13 +18,14 @@ HASHES = 2**63  # `number_of` is below it
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled answer: which of its prompt's it is, its seed, its score and the score's parts."""
+    """A sampled answer: which of its prompt's it is, its seed, score and the score's parts; whether EOS ended it."""
 
     number: int
     seed: int
     text: str
     score: float
     parts: dict[str, float]
+    ended: bool
 
 
 def pairs_of(
@@ -86,6 +87,8 @@ def _row(record: Prompt, better: Answer, worse: Answer, facts: Mapping[str, Any]
             "scores": {"chosen": better.parts, "rejected": worse.parts},
             "chosen_seed": better.seed,
             "rejected_seed": worse.seed,
+            "chosen_ended": better.ended,
+            "rejected_ended": worse.ended,
         },
     }
 

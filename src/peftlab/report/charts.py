@@ -10,20 +10,22 @@ from markupsafe import Markup
 from ..runs.metrics import Metric, healthy_text, metric
 from . import text
 from .read import RunFiles
+from .stack import TOTAL, block, contributions, stack_chart, total_line
 from .svg import Marker, Series, line_chart, swatch
 
 Points = list[tuple[float, float | None]]
 
+_GAIN = "What was gained, and its price"
 # (heading, [(title where several lines share the axis, names)]). A star takes every name that begins so. What
 # is in no group follows at the end.
 _GROUPS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
     (
-        "What was gained, and its price",
+        _GAIN,
         [
             ("Reward", ("reward/mean", "eval/reward")),
             ("", ("eval/judge",)),
             ("Reward parts", ("reward/part/*",)),
-            ("KL to the reference", ("kl/reference", "kl/k3", "eval/kl")),
+            ("KL to the reference", ("kl/reference", "kl/exact", "eval/kl")),
             ("Accuracy and F1", ("eval/accuracy", "eval/f1")),
             ("Loss", ("train/loss", "eval/loss")),
             ("", ("eval/perplexity",)),
@@ -45,6 +47,7 @@ _GROUPS: list[tuple[str, list[tuple[str, tuple[str, ...]]]]] = [
             ("Entropy", ("policy/entropy", "eval/entropy")),
             ("Length", ("rollout/length", "eval/length")),
             ("Diversity", ("eval/distinct_1", "eval/distinct_2", "eval/self_bleu_4")),
+            ("Further estimates of the KL", ("kl/k2", "kl/k3")),
             ("", ("policy/approx_kl",)),
             ("Clip fractions", ("policy/clip_fraction", "value/clip_fraction")),
             ("", ("policy/loss",)),
@@ -77,7 +80,6 @@ class Line:
     """One series: its legend, its last value, its definition, and how it kept to its healthy range."""
 
     name: str
-    title: str
     swatch: Markup
     last: str
     entry: Metric
@@ -119,7 +121,7 @@ def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Consta
     constants = [_constant(name, points) for name, points in left.items() if _is_constant(name, points)]
     for constant in constants:
         del left[constant.name]
-    groups = []
+    groups: list[tuple[str, list[Chart]]] = []
     for heading, members in _GROUPS:
         charts = []
         for shared_title, names in members:
@@ -130,11 +132,28 @@ def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Consta
                 )
                 for name in present:
                     del left[name]
+        if heading == _GAIN:
+            charts[1:1] = _stack(run)
         if charts:
             groups.append((heading, charts))
     if left:
         groups.append(("Further figures", [_chart(run, text.title(name), [name]) for name in left]))
     return groups, constants
+
+
+def _stack(run: RunFiles) -> list[Chart]:
+    """What each of several parts brings to the reward; none where there is one, or their weights cannot be told."""
+    parts = contributions(run.columns, run.config.get("reward"))
+    if len(parts) < 2:
+        return []
+    lasts = {name: f"{text.signed(points[-1][1])} at step {points[-1][0]:.0f}" for name, points in parts.items()}
+    spoken = "What each part brings to the reward, by step. " + ". ".join(f"{n}: {last}" for n, last in lasts.items())
+    told = Metric(TOTAL, "Each part times its weight: above 0 what it adds, below 0 what it takes; the line sums them.")
+    lines = [Line(TOTAL, total_line(), _last(run.columns[TOTAL], ""), told, "", False)]
+    lines += [
+        Line(name, block(index), last, Metric(name, ""), "", False) for index, (name, last) in enumerate(lasts.items())
+    ]
+    return [Chart("The reward, stacked from its parts", "", stack_chart(parts, spoken), lines)]
 
 
 def _is_constant(name: str, points: Points) -> bool:
@@ -179,7 +198,7 @@ def _chart(run: RunFiles, title: str, names: list[str]) -> Chart:
         markers=_markers(run, names),
     )
     lines = [
-        Line(name, text.title(name), swatch(index), last, entry, *_healthy(entry, run.columns[name]))
+        Line(name, swatch(index), last, entry, *_healthy(entry, run.columns[name]))
         for index, (name, entry, last) in enumerate(zip(names, entries, lasts, strict=True))
     ]
     return Chart(title, entries[0].unit, svg, lines)

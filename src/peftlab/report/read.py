@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from ..runs.atomic import read_rows
 from ..runs.summary import outcome, read_environment
 
 MOST_SAMPLES = 48  # pairs
-ROLLOUTS_A_STEP = 3
 MOST_EVENTS = 60
 
 Row = dict[str, Any]
@@ -26,7 +26,6 @@ class RunFiles:
     summary     as in the contract; status "running" or "killed" where the file is missing
     columns     {metric: [(step, value or None)]}, in ascending order of steps
     samples     the first rows of samples.jsonl; sample_rows is how many it has
-    rollouts    {step: its first rollouts}, for the first and the last recorded step; rollout_rows as above
     """
 
     path: Path
@@ -37,8 +36,6 @@ class RunFiles:
     columns: dict[str, list[tuple[float, float | None]]]
     samples: list[Row]
     sample_rows: int
-    rollouts: dict[int, list[Row]]
-    rollout_rows: int
     events: list[Row]
 
     @property
@@ -61,7 +58,6 @@ def read_run(path: Path) -> RunFiles:
     except tomllib.TOMLDecodeError:
         config = {}
     samples, sample_rows = _samples(read_rows(path / "samples.jsonl"))
-    rollouts, rollout_rows = _rollouts(read_rows(path / "rollouts.jsonl"))
     return RunFiles(
         path=path,
         summary=outcome(path),
@@ -71,8 +67,6 @@ def read_run(path: Path) -> RunFiles:
         columns=_columns(read_rows(path / "metrics.jsonl")),
         samples=samples,
         sample_rows=sample_rows,
-        rollouts=rollouts,
-        rollout_rows=rollout_rows,
         events=list(read_rows(path / "events.jsonl"))[-MOST_EVENTS:],
     )
 
@@ -87,11 +81,11 @@ def stage_folders(path: Path) -> list[Path]:
 
 
 def as_number(value: Any) -> float | None:
-    """`value` where JSON holds a number that a float can hold, None where it holds anything else."""
+    """`value` where JSON holds a finite number that a float can hold, None where it holds anything else."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
-        return float(value)
+        return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
 
@@ -119,20 +113,3 @@ def _samples(rows: Iterable[Row]) -> tuple[list[Row], int]:
             prompts[key] = None
             kept.append(row)
     return kept[: 4 * MOST_SAMPLES], count
-
-
-def _rollouts(rows: Iterable[Row]) -> tuple[dict[int, list[Row]], int]:
-    """The first rollouts of the first and of the last recorded step, and the number of all rows."""
-    first: int | None = None
-    kept: dict[int, list[Row]] = {}
-    count = 0
-    for row in rows:
-        count += 1
-        step = int(as_number(row.get("step")) or 0)
-        first = step if first is None else first
-        if step not in kept:
-            kept = {known: rest for known, rest in kept.items() if known == first}
-            kept[step] = []
-        if len(kept[step]) < ROLLOUTS_A_STEP:
-            kept[step].append(row)
-    return kept, count

@@ -10,6 +10,7 @@ from ..runs.sanitize import BIDI
 
 NONE = "–"
 _MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}  # the control pictures (␠ ␊ ␉) are missing from many fonts
+OPENING = 240  # characters of a long prompt that show before it is unfolded
 LONGEST = 4000  # characters of one sample; more is cut, and says so
 
 
@@ -41,9 +42,11 @@ def signed(value: float | None) -> str:
 
 
 def fixed(value: float | None, decimals: int, plus: bool = False) -> str:
-    """A figure of a column: always `decimals` places, so that the points line up."""
+    """A figure of a column: always `decimals` places, so that the points line up; what rounds to 0 has no sign."""
     if value is None or not math.isfinite(value):
         return NONE
+    if round(value, decimals) == 0:
+        value, plus = 0.0, False
     return f"{value:{'+' if plus else ''}.{decimals}f}".replace("-", "−")
 
 
@@ -89,6 +92,11 @@ def visible(text: object, spaces: bool = False) -> list[tuple[str, bool]]:
     if len(whole) > LONGEST:
         pieces.append((f" … {len(whole) - LONGEST:,} characters more", True))
     return pieces
+
+
+def opening(text: str) -> str:
+    """The beginning of a text too long to stand unfolded; empty for others."""
+    return f"{text[:OPENING]} …" if len(text) > 2 * OPENING else ""
 
 
 def clean(text: object) -> str:
@@ -143,6 +151,8 @@ _TITLES = {
     "reward/mean": "Reward",
     "reward/std": "Reward, spread",
     "kl/reference": "KL to the reference",
+    "kl/exact": "KL to the reference, exact",
+    "kl/k2": "KL to the reference, k2",
     "kl/k3": "KL to the reference, k3",
     "kl/coef": "KL coefficient",
     "train/lr": "Learning rate",
@@ -167,7 +177,7 @@ def title(name: str) -> str:
         return _TITLES[name]
     group, _, last = name.rpartition("/")
     words = last.removesuffix("_s").replace("_", " ")
-    if group == "reward/part":
+    if group in ("reward/part", "eval/part"):
         return f"Reward part: {words}"
     if group == "agreement":
         return f"Agreement with {words}"

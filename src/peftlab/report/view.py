@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from . import text
+from .alarms import Alarm
 from .charts import Chart, Constant, charts_of
 from .classifier import ClassifierView, classifier_of
 from .figures import Check, Figure, checks_of, figures_of, headline
+from .inspector import Inspector, inspector_of
 from .read import RunFiles, as_number, read_run, stage_folders
+from .recorded import read_recorded
 from .reward import RewardView, reward_of
-from .samples import Pair, Rollout, pairs_of, rollout_of
+from .samples import Pair, pairs_of
+from .watch import alarms_of, in_short
 
 _WHAT = {
     "demo": "The whole lab on real reviews: every stage trains for real and stands beside its own baseline.",
@@ -59,6 +63,7 @@ class RunView:
     headline: list[Figure]
     figures: list[Figure]
     checks: list[Check]
+    alarms: list[Alarm]
     chart_groups: list[tuple[str, list[Chart]]]
     constants: list[Constant]
     classifier: ClassifierView | None
@@ -66,8 +71,7 @@ class RunView:
     pairs: list[Pair]
     other_samples: list[list[tuple[str, str]]]
     sample_rows: int
-    rollouts: list[tuple[int, list[Rollout]]]
-    rollout_rows: int
+    inspector: Inspector | None
     data: list[tuple[str, str, str]]
     environment: list[tuple[str, str]]
     events: list[tuple[str, str, str]]
@@ -75,20 +79,20 @@ class RunView:
     stages: list[RunView]
 
     @property
-    def critic(self) -> bool:
-        """Whether its rollouts hold a critic's values; without one an advantage compares the answers of a prompt."""
-        return any("value" in rollout.columns for _, rows in self.rollouts for rollout in rows)
+    def fired(self) -> str:
+        return in_short(self.alarms)
 
     @property
     def contents(self) -> list[tuple[str, str]]:
         """(anchor, heading) of the sections that this run has."""
         sections = [
             ("figures", "Before and after", self.figures or self.checks),
+            ("alarms", self.fired or "Alarms", self.alarms),
             ("curves", "Curves", self.chart_groups),
             ("classifier", "Right and wrong", self.classifier),
             ("reward", "The reward", self.reward),
             ("samples", "Samples", self.pairs or self.other_samples),
-            ("rollouts", "Token by token", self.rollouts),
+            ("rollouts", "Token by token", self.inspector),
             ("details", "Settings and provenance", True),
         ]
         return [(anchor, heading) for anchor, heading, there in sections if there]
@@ -105,6 +109,7 @@ def view_run(path: Path, whole: float | None = None) -> RunView:
     figures = figures_of(run)
     chart_groups, constants = charts_of(run)
     pairs, others = pairs_of(run.samples)
+    recorded = read_recorded(path)
     return RunView(
         slug="".join(char if char.isascii() and char.isalnum() else "-" for char in run.name),
         name=run.name,
@@ -121,6 +126,7 @@ def view_run(path: Path, whole: float | None = None) -> RunView:
         headline=headline(run, figures),
         figures=figures,
         checks=checks_of(run),
+        alarms=alarms_of(run, recorded.distinct_2),
         chart_groups=chart_groups,
         constants=constants,
         classifier=classifier_of(path),
@@ -128,8 +134,7 @@ def view_run(path: Path, whole: float | None = None) -> RunView:
         pairs=pairs,
         other_samples=others,
         sample_rows=run.sample_rows,
-        rollouts=[(step, [rollout_of(row) for row in rows]) for step, rows in sorted(run.rollouts.items())],
-        rollout_rows=run.rollout_rows,
+        inspector=inspector_of(path, recorded),
         data=_data(run),
         environment=_environment(run),
         events=_events(run),
