@@ -101,19 +101,6 @@ def test_resuming_gives_the_same_bits(tiny_causal, tmp_path):
     assert all(torch.equal(value, resumed[name]) for name, value in whole.roles.state().items())
 
 
-def test_looking_on_changes_no_bit_and_shows_what_a_step_shows(tiny_causal):
-    seen, unseen = trainer(tiny_causal), trainer(tiny_causal)
-    for _ in range(3):
-        rollout, tensors = seen.look(PROMPTS.take(range(3)), [1, 2, 3])
-        _, _, stepped = seen.step(PROMPTS)
-        unseen.step(PROMPTS)
-        assert tensors.keys() == stepped.keys() and all(t.shape == (3, 8) for t in tensors.values())
-    assert all(torch.equal(value, unseen.roles.state()[name]) for name, value in seen.roles.state().items())
-    assert torch.equal(seen.generator.get_state(), unseen.generator.get_state())
-    again, _ = seen.look(PROMPTS.take(range(3)), [1, 2, 3])
-    assert torch.equal(again.completion_ids, seen.look(PROMPTS.take(range(3)), [1, 2, 3])[0].completion_ids)
-
-
 def test_critic_only_steps_leave_the_policy_alone(tiny_causal):
     ppo = trainer(tiny_causal, critic="adapter", critic_warmup=2)
     before = {name: value.detach().clone() for name, value in ppo.roles.policy_parameters().items()}

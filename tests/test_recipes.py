@@ -245,7 +245,7 @@ def test_ppo_samples_show_each_prompt_before_and_after(steered):
 def test_ppo_rollouts_are_tables_of_tokens_that_add_up(steered):
     folder, _, roles = steered
     rows = list(read_rows(folder / "rollouts.jsonl"))
-    assert Counter(row["step"] for row in rows) == {1: 6, 2: 6}
+    assert Counter(row["step"] for row in rows) == {1: 4, 2: 4}
     columns = {"token", "logprob", "ref_logprob", "kl", "value", "reward", "advantage"}
     for row in rows:
         tokens = row["tokens"]

@@ -35,7 +35,6 @@ from .tasks.config import TaskConfig
 from .tasks.task import WHOLE
 
 RECORDED_ROWS = 4
-PROBES = 2  # prompts of the training data that each recorded step answers anew, for the inspector alone
 NORMALISE_ON = 256
 Settings = TypeVar("Settings", bound=UpdateSettings)
 
@@ -136,13 +135,9 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
     seconds: list[float] = []
     flat = False
     progress = Progress(config.steps)
-    probes = job.train.take(range(min(PROBES, len(job.train.texts))))
-    seeds = [config.seed + 10**6 + row for row in range(len(probes.texts))]
     while trainer.steps_done < config.steps and reason is None:
         prompts = _batch(job.train, trainer.steps_done, config)
-        recorded = trainer.steps_done == 0 or (trainer.steps_done + 1) % config.record_every == 0
         try:
-            shown = [trainer.look(probes, seeds)] if recorded else []
             rollout, stats, token_tensors = trainer.step(prompts)
         except LabError:  # a broken invariant is in the log, and so in summary.json, before the run stops
             run.log(trainer.first.metrics() if trainer.first else {}, trainer.steps_done)
@@ -152,9 +147,9 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
         seconds.append(stats["time/step_s"])
         flat = flat or _warned_of_flat(run, rollout, step)
         progress.show(step, f"reward {stats['reward/mean']:.2f}  KL {stats['kl/reference']:.2f}")
-        for seen, tensors in [*shown, (rollout, token_tensors)] if recorded else []:
-            critic = {} if job.roles.critic == "none" else {"value": seen.values}
-            run.append_rollouts(_records(seen, critic | tensors, job.sampler, step))
+        if rollout.exact_kl is not None:  # a step that is looked at closely
+            critic = {} if job.roles.critic == "none" else {"value": rollout.values}
+            run.append_rollouts(_records(rollout, critic | token_tensors, job.sampler, step))
         if config.kl_stop and stats["kl/reference"] > config.kl_stop:
             reason = f"kl/reference {stats['kl/reference']:.2f} passed kl_stop {config.kl_stop} at step {step}"
         signum = run.stop_requested

@@ -57,12 +57,6 @@ class PPOTrainer(PolicyTrainer[PPOSettings]):
         watch.lap("time/update_s")
         return rollout, stats | watch.metrics(), {"reward": rewards, "advantage": advantages}
 
-    def token_tensors(self, rollout: Rollout) -> dict[str, Tensor]:
-        settings = self.settings
-        rewards = shaped_rewards(rollout, self.kl.coef, settings.eos_penalty)
-        advantages, _ = gae(rewards, rollout.values, rollout.completion_mask, settings.gamma, settings.lam)
-        return {"reward": rewards, "advantage": advantages}
-
     def learned(self) -> list[tuple[list[nn.Parameter], float]]:
         """The policy's LoRA, and the critic at a rate of its own."""
         critic = list(self.roles.critic_parameters().values())

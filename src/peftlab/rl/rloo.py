@@ -11,7 +11,6 @@ Departures from Kool et al. 2019 and Ahmadian et al. 2024, all deliberate:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,15 +54,6 @@ class RLOOTrainer(PolicyTrainer[RLOOSettings]):
         stats["reward/group_std"] = float(returns.view(-1, k).std(1).mean())
         watch.lap("time/update_s")
         return rollout, stats | watch.metrics(), {"reward": rewards, "advantage": advantages}
-
-    def look(self, prompts: PromptBatch, seeds: Sequence[int]) -> tuple[Rollout, dict[str, Tensor]]:
-        k = self.settings.samples_per_prompt
-        return super().look(prompts.repeated(k), [seed * k + at for seed in seeds for at in range(k)])
-
-    def token_tensors(self, rollout: Rollout) -> dict[str, Tensor]:
-        rewards = shaped_rewards(rollout, self.kl.coef, self.settings.eos_penalty)
-        advantages = leave_one_out(rewards.sum(1), self.settings.samples_per_prompt, self.settings.scale_by_std)
-        return {"reward": rewards, "advantage": advantages.unsqueeze(1) * rollout.completion_mask}
 
     def _minibatch(self, rollout: Rollout, advantages: Tensor, rows: Tensor) -> dict[str, float]:
         return self.apply(self.backward(rollout, rows, lambda part: self._loss(rollout, advantages, part)))

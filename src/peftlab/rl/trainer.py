@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -97,18 +97,6 @@ class PolicyTrainer(Generic[Settings]):
         kl = {} if rollout.exact_kl is None else {"exact_kl": rollout.exact_kl}
         require_finite(step, rollout, named | {"value": rollout.values} | kl)
         return rollout
-
-    def look(self, prompts: PromptBatch, seeds: Sequence[int]) -> tuple[Rollout, dict[str, Tensor]]:
-        """A rollout that nothing learns from, and its per-token tensors, as `step` returns both.
-
-        Draws nothing from the run's generator: a run that looks ends with the same weights as one that does not.
-        """
-        rollout = collect_rollout(self.sampler, self.roles, self.reward, prompts, seeds, self.decoding)
-        return rollout, self.token_tensors(rollout)
-
-    def token_tensors(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What each token (B, C) was paid, as "reward", and its "advantage"."""
-        raise NotImplementedError
 
     def check_first(self, rollout: Rollout) -> None:
         """Measures the invariants of a run's first rollout; LabError, before any update, where one is broken."""
