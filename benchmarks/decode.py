@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone, load_backbone
@@ -29,7 +30,12 @@ from peftlab.models.roles import Roles
 from peftlab.ops.logprobs import token_logprobs
 from peftlab.sampling.sampler import Decoding, Sampler, Samples
 
-MODELS = {"cpu": ["tiny-gpt2"], "cuda": ["tiny-gpt2", "gpt2-124m-random", "smollm2-135m-random"]}
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+
+from work import random_model
+
+RANDOM = {"gpt2-124m-random": "gpt2-arch", "smollm2-135m-random": "smollm2-arch"}
+MODELS = {"cpu": ["tiny-gpt2"], "cuda": ["tiny-gpt2", *RANDOM]}
 DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "tf32", "float32"]}
 BATCHES = {"cpu": [64], "cuda": [64, 256]}
 # prompt tokens, new tokens
@@ -76,15 +82,7 @@ def base_of(name: str, device: str, dtype: str) -> Backbone:
     backbone = load_backbone("tiny-gpt2", device=device, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     if name == "tiny-gpt2":
         return backbone
-    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "max_position_embeddings": 8192}
-    heads = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-    model: Any
-    if name == "gpt2-124m-random":
-        model = GPT2LMHeadModel(GPT2Config(**ids))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **ids, **sizes, **heads))
-    model = model.to(device, backbone.model.dtype).requires_grad_(False).eval()
+    model = random_model(RANDOM[name], backbone.model.dtype).to(device).requires_grad_(False).eval()
     return Backbone(name, model, backbone.tokenizer, "")
 
 

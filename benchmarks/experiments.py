@@ -29,24 +29,27 @@ FIGURES = re.compile(r"(eval|rubric|compare)/")
 
 @dataclass(frozen=True)
 class Job:
-    """A command of the lab. `after`: jobs that must be done first. `makes`: a folder of data; else it makes a run."""
+    """A command of the lab, which makes a run or, if it is one of `data`, a folder. `after`: jobs to be done first."""
 
     name: str
     command: str
     after: tuple[str, ...] = ()
-    makes: str = ""
+
+    @property
+    def makes_data(self) -> bool:
+        return self.command.split()[0] == "data"
 
     def finished(self, runs: Path) -> bool:
-        if self.makes:
-            return any((runs / self.makes).glob("*.json"))
+        if self.makes_data:
+            return any((runs / self.name).glob("*.json"))
         path = runs / self.name / "summary.json"
         return path.is_file() and json.loads(path.read_text())["status"] == "done"
 
     def arguments(self, runs: Path) -> list[str]:
         """What the program is given; a run that has not begun is one to resume from its start."""
         words = self.command.replace("RUNS", str(runs)).split()
-        if self.makes:
-            return [*words, "--output", str(runs / self.makes)]
+        if self.makes_data:
+            return [*words, "--output", str(runs / self.name)]
         return [*words, "--run", f"{runs.name}/{self.name}", "--resume"]
 
 
@@ -70,10 +73,8 @@ def explanations() -> list[Job]:
     return [
         Job("sft-tiny", "sft tiny-explanations"),
         Job("sft", "sft smollm2-explanations"),
-        Job("pairs", f"{answers} --prompts imdb-explanations:train --limit 6000 --held-out 200", ("sft",), "pairs"),
-        Job(
-            "pairs-held-out", f"{answers} --prompts imdb-explanations:test --held-out 0.95", ("sft",), "pairs-held-out"
-        ),
+        Job("pairs", f"{answers} --prompts imdb-explanations:train --limit 6000 --held-out 200", ("sft",)),
+        Job("pairs-held-out", f"{answers} --prompts imdb-explanations:test --held-out 0.95", ("sft",)),
         Job("reward", f"reward reward-explanations model=RUNS/sft {pairs}", made),
         Job("reward-flipped", f"reward reward-explanations model=RUNS/sft {pairs} flip_labels=0.25", made),
         *(
@@ -96,7 +97,6 @@ def frontier() -> list[Job]:
             "data preferences --policy RUNS/sft --prompts imdb:train --k 4 --prompt-tokens 2,8 --max-new-tokens 48 "
             "--scorer imdb-sentiment --min-margin 1 --batch-size 512",
             ("sft",),
-            "pairs",
         ),
     ]
     data = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl max_length=64"
@@ -120,12 +120,13 @@ def frontier() -> list[Job]:
 def rank() -> list[Job]:
     """How much rank a policy's LoRA needs, at the same KL."""
     keys = "model=RUNS/sft kl_target=5 kl_horizon=2000 kl_stop=12 max_new_tokens=48 eval_prompts=750"
-    grid = [(r, seed) for seed in range(3) for r in (1, 4, 16, 64)]
-    jobs = [Job("sft", "sft sft-tiny")]
-    lora = "lora.r={r} lora.alpha={alpha}"
-    return jobs + [
-        Job(f"r{r}-s{seed}", f"ppo ppo-tiny {keys} seed={seed} {lora.format(r=r, alpha=2 * r)}", ("sft",))
-        for r, seed in grid
+    return [
+        Job("sft", "sft sft-tiny"),
+        *(
+            Job(f"r{r}-s{seed}", f"ppo ppo-tiny {keys} seed={seed} lora.r={r} lora.alpha={2 * r}", ("sft",))
+            for seed in range(3)
+            for r in (1, 4, 16, 64)
+        ),
     ]
 
 
@@ -183,7 +184,7 @@ def rows(jobs: list[Job], runs: Path) -> list[dict[str, Any]]:
     """A row a group of seeds, and one for what they began with; a group's figures are those of its finished runs."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for job in jobs:
-        if not job.makes and job.finished(runs):
+        if not job.makes_data and job.finished(runs):
             summary = json.loads((runs / job.name / "summary.json").read_text())
             groups.setdefault(re.sub(r"-s\d+$", "", job.name), []).append(summary)
     found = []

@@ -55,7 +55,7 @@ def test_a_grid_runs_in_order_once_and_tells_its_figures(experiments, tmp_path, 
     monkeypatch.setattr(experiments, "PROGRAM", [sys.executable, "-c", STUB])
     jobs = [
         experiments.Job("first", "a"),
-        experiments.Job("pairs", "data", ("first",), "pairs"),
+        experiments.Job("pairs", "data", ("first",)),
         experiments.Job("last-s0", "bb", ("first", "pairs")),
         experiments.Job("last-s1", "bbbb", ("first", "pairs")),
     ]

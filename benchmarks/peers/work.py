@@ -67,8 +67,13 @@ def policy_of(job: Job, dtype: torch.dtype = torch.float32) -> Any:
     """The base model on the CPU, with the same weights on each side: tiny-gpt2's, or random ones."""
     if job.model == "tiny-gpt2":
         return AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype)
+    return random_model(job.model, dtype)
+
+
+def random_model(architecture: str, dtype: torch.dtype) -> Any:
+    """GPT-2 124M (gpt2-arch) or SmolLM2 135M (smollm2-arch) with random weights, the same each time, on the CPU."""
     torch.manual_seed(0)
-    config: Any = GPT2Config(**NO_DROPOUT, **IDS) if job.model == "gpt2-arch" else LlamaConfig(**LLAMA, **IDS)
+    config: Any = GPT2Config(**NO_DROPOUT, **IDS) if architecture == "gpt2-arch" else LlamaConfig(**LLAMA, **IDS)
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,18 @@ from ..data.prompts import openings
 from ..data.sources import load_records
 from ..errors import UserError
 from ..evaluation.intervals import bootstrap_mean
-from ..evaluation.policy import Measure, Side, evaluate_side, perplexity_ratio
+from ..evaluation.policy import Measure, evaluate_side, perplexity_ratio
+from ..models.adapters import Stack, stack_over
 from ..models.roles import POLICY, Roles
 from ..rl.rollout import PromptBatch, ScoreFunction
-from ..runs.progress import say
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding
-from .common import note_data
+from .common import fitting_rows, note_data, too_long
 from .tasks.config import TaskConfig
 from .tasks.task import WHOLE
+
+EVAL_SEED = 10**6  # added to the run's: an evaluation draws from there, far from what was learned from
+REWARD = "eval/reward"
 
 
 @dataclass(frozen=True)
@@ -54,21 +58,13 @@ def prompt_batch(
     token_ids = openings([r.prompt for r in found.records], tokenizer, *config.prompt_tokens, config.seed)
     if config.prompt_tokens == WHOLE:
         batch = PromptBatch(token_ids, [r.prompt for r in found.records], found.records)
-        return batch.take(_fitting(run, config, spec, token_ids, longest))
+        taker = f"max_new_tokens {config.max_new_tokens}"
+        rows = fitting_rows(run, spec, token_ids, longest, taker)
+        if not rows:
+            raise UserError(f"data {spec}: every prompt is {too_long(longest, taker)}")
+        return batch.take(rows)
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in token_ids]
     return PromptBatch(token_ids, texts, found.records)
-
-
-def _fitting(run: RunDir, config: TaskConfig, spec: str, prompts: list[list[int]], longest: int) -> list[int]:
-    """The rows of prompts that leave room for an answer; tells how many do not."""
-    rows = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
-    why = f"longer than {longest} tokens, which is what max_new_tokens {config.max_new_tokens} leaves of the context"
-    if not rows:
-        raise UserError(f"data {spec}: every prompt is {why}")
-    if left := len(prompts) - len(rows):
-        run.event("prompts_left_out", data=spec, rows=left, longest=longest)
-        say(f"{spec}: {left} of {len(prompts)} prompts are left out: {why}")
-    return rows
 
 
 def before_after(
@@ -87,7 +83,7 @@ def before_after(
     decoding = Decoding(max_new_tokens)
     sides = {
         name: evaluate_side(
-            roles, role, prompts.token_ids, prompts.texts, prompts.records, measure, decoding, seed=seed + 10**6
+            roles, role, prompts.token_ids, prompts.texts, prompts.records, measure, decoding, seed=seed + EVAL_SEED
         )
         for name, role in (("before", None), ("after", POLICY))
     }
@@ -107,16 +103,31 @@ def before_after(
     metrics = after.metrics() | {"eval/perplexity_ratio": perplexity_ratio(before, after)}
     baseline, intervals = before.metrics() | {"eval/perplexity_ratio": 1.0}, after.intervals()
     if reward is not None:
-        baseline |= {name: float(values.mean()) for name, values in _rewarded(reward, prompts, before).items()}
-        rewarded = _rewarded(reward, prompts, after)
-        metrics |= {name: float(values.mean()) for name, values in rewarded.items()}
-        intervals |= {name: bootstrap_mean(values, after.clusters) for name, values in rewarded.items()}
+        rewarded = [
+            reward_columns(reward, prompts.texts, side.completions, prompts.records, side.measured)
+            for side in (before, after)
+        ]
+        for figures, columns in zip((baseline, metrics), rewarded, strict=True):
+            figures |= {name: float(values.mean()) for name, values in columns.items()}
+        intervals |= {name: bootstrap_mean(values, after.clusters) for name, values in rewarded[1].items()}
     return BeforeAfter(metrics, baseline, intervals)
 
 
-def _rewarded(reward: ScoreFunction, prompts: PromptBatch, side: Side) -> dict[str, np.ndarray]:
-    """The reward of each completion, and of several parts each that the task does not measure by anyway."""
-    scores, parts = reward(prompts.texts, side.completions, prompts.records)
-    apart = {f"eval/part/{name}": part for name, part in parts.items() if f"rubric/{name}" not in side.measured}
-    told = {"eval/reward": scores, **(apart if len(parts) > 1 else {})}
+def reward_columns(
+    reward: ScoreFunction,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    records: Sequence[Any],
+    measured: Container[str],
+) -> dict[str, np.ndarray]:
+    """The reward of each completion, and of several parts each that is not among what is `measured` anyway."""
+    scores, parts = reward(prompts, completions, records)
+    apart = {f"eval/part/{name}": part for name, part in parts.items() if f"rubric/{name}" not in measured}
+    told = {REWARD: scores, **(apart if len(parts) > 1 else {})}
     return {name: values.double().numpy() for name, values in told.items()}
+
+
+def policy_stack(config: TaskConfig, under: Stack, tokenizer: Any) -> Stack:
+    """What the adapter of a policy says that it is: on what it stands, and what it was made for."""
+    facts = {"want": config.want} if config.want else {}
+    return stack_over(config.model, under, tokenizer, recipe=config.recipe, task=config.task, **facts)

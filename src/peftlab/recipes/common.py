@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -67,6 +68,24 @@ def note_data(run: RunDir, data: RecordSet, limit: int) -> None:
     # With the limit: ppo may evaluate on a draw of its training prompts, and one name has one hash.
     name = f"{data.name}, at most {limit} rows" if limit else data.name
     run.record_data(name, data.sha256, len(data.records))
+
+
+def fitting_rows(run: RunDir, spec: str, prompts: Sequence[Sequence[int]], longest: int, taker: str) -> list[int]:
+    """The rows of prompts of at most `longest` tokens; where some are longer but not all, tells how many.
+
+    `taker`: what takes the rest of the context.
+    """
+    rows = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
+    left = len(prompts) - len(rows)
+    if rows and left:
+        run.event("prompts_left_out", data=spec, rows=left, longest=longest)
+        say(f"{spec}: {left} of {len(prompts)} prompts are left out: {too_long(longest, taker)}")
+    return rows
+
+
+def too_long(longest: int, taker: str) -> str:
+    """Why a prompt is left out."""
+    return f"longer than {longest} tokens, which is what {taker} leaves of the context"
 
 
 def note_model(run: RunDir, key: str, name: str, fingerprint: str = "") -> None:

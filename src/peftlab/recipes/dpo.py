@@ -14,7 +14,7 @@ from ..data.records import PreferencePair
 from ..data.tokenize import encode
 from ..errors import LabError, UserError
 from ..evaluation.intervals import bootstrap_mean
-from ..models.adapters import Stack, load_stack, save_adapter, stack_over
+from ..models.adapters import Stack, load_stack, save_adapter
 from ..models.roles import POLICY, Roles
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
@@ -29,7 +29,7 @@ from ..training.dpo import (
     pair_row,
 )
 from ..training.trainer import LabTrainer
-from .before_after import before_after, longest_prompt, prompt_batch
+from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
 from .common import load_recorded, load_rows, note_model, resume_point, seed_everything, trained_parameters
 from .tasks import TASKS
 from .tasks.config import TaskConfig
@@ -108,9 +108,7 @@ def run(config: DpoConfig, run: RunDir) -> dict[str, Any]:
         compared = compare_rows(policy, test, tokenizer.pad_token_id)
         after = _figures(compared, config)
         run.log(after, trainer.state.global_step)
-        facts = {"want": config.want} if config.want else {}
-        stack = stack_over(config.model, under, tokenizer, recipe="dpo", task=config.task, **facts)
-        save_adapter(roles.model, POLICY, run.path / "adapter", stack)
+        save_adapter(roles.model, POLICY, run.path / "adapter", policy_stack(config, under, tokenizer))
         sides = before_after(run, roles, prompts, measure, config.max_new_tokens, config.seed)
         of_prompt = np.array([record.prompt for record in held_out])
         intervals = {"eval/pair_accuracy": bootstrap_mean(compared.wins().numpy(), of_prompt), **sides.intervals}

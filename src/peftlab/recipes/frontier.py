@@ -14,8 +14,9 @@ from ..report.frontier import Cross, Curve, frontier_chart
 from ..rl.rollout import PromptBatch
 from ..runs.atomic import write_json, write_text
 from ..runs.progress import say
+from .before_after import REWARD
 from .policy_eval import completions, own_sampler, sampled_side
-from .policy_options import REWARD, PolicyOptions, Ruler, ruler_of
+from .policy_options import PolicyOptions, Ruler, ruler_by, ruler_of
 from .policy_run import PolicyRun, ReadRun
 
 # Keys that say what is asked, of whom, and how far from whom: runs of one picture have them in common.
@@ -97,7 +98,7 @@ def _curves(first: PolicyRun, prompts: PromptBatch, name: str, ruler: Ruler, sam
     }
     reward = first.reward() if name != REWARD else None
     if reward is not None:
-        rewarded = reward(*texts)[0].double().numpy().reshape(-1, samples)
+        rewarded = ruler_by(reward)(*texts).reshape(-1, samples)
         curves |= {
             "tilted by the reward": tilted_curve(rewarded, measured),
             "best of n by the reward": best_of_n_curve(rewarded, measured),

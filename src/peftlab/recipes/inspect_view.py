@@ -15,7 +15,7 @@ from ..report.alarms import Alarm
 from ..report.inspector import measure_of, strength
 from ..report.read import Row, as_number
 from ..report.recorded import COLUMNS, MEASURES, parts_of, tokens_of
-from ..report.text import clean
+from ..report.text import NONE, clean, fixed
 from .preview_view import EXCERPT, excerpt, plain
 
 PLUS, MINUS = "cyan", "magenta"  # legible on a light and on a dark ground, unlike blue and yellow
@@ -154,7 +154,5 @@ def _grid() -> Table:
 
 
 def _number(value: float | None, signed: bool = False, decimals: int = 3) -> str:
-    """In ASCII, for awk and grep; what rounds to 0 has no sign."""
-    if value is None:
-        return "-"
-    return f"{0.0:.{decimals}f}" if round(value, decimals) == 0 else f"{value:{'+' if signed else ''}.{decimals}f}"
+    """As on the page, but in ASCII, for awk and grep."""
+    return fixed(value, decimals, signed).replace("−", "-").replace(NONE, "-")

@@ -18,11 +18,10 @@ from ..models.adapters import load_stack
 from ..models.roles import POLICY, Roles
 from ..rl.rollout import PromptBatch
 from ..sampling.sampler import Decoding, Sampler
+from .before_after import EVAL_SEED
 from .makers import sample_texts
 from .policy_options import PolicyOptions, Ruler, ruler_of, with_reward
 from .policy_run import PolicyRun
-
-EVAL_SEED = 10**6  # added to the run's: its own evaluation draws from there too
 
 
 def evaluate_policy(

@@ -14,10 +14,10 @@ from ..evaluation.policy import Measure
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of
 from ..rl.rollout import PromptBatch
+from .before_after import REWARD, reward_columns
 from .policy_run import PolicyRun
 
 # What answers are compared by where nothing is said: the first of these that is measured.
-REWARD = "eval/reward"
 HEADLINES = ("eval/judge", "rubric/all", REWARD)
 # (prompts, completions, records) -> scores (N,)
 Ruler = Callable[[Sequence[str], Sequence[str], Sequence[Any]], np.ndarray]
@@ -67,10 +67,7 @@ def with_reward(measure: Measure, reward: Reward | None) -> Measure:
 
     def both(prompts: Sequence[str], completions: Sequence[str], records: Sequence[Any]) -> dict[str, np.ndarray]:
         found = measure(prompts, completions, records)
-        scores, parts = reward(prompts, completions, records)
-        apart = {f"eval/part/{name}": part for name, part in parts.items() if f"rubric/{name}" not in found}
-        told = {REWARD: scores, **(apart if len(parts) > 1 else {})}
-        return found | {name: values.double().numpy() for name, values in told.items()}
+        return found | reward_columns(reward, prompts, completions, records, found)
 
     return both
 
@@ -84,7 +81,7 @@ def ruler_of(opened: PolicyRun, by: str | None, prompts: PromptBatch) -> tuple[s
     if by and not by.startswith(("eval/", "rubric/")):
         config = opened.config
         line = reward_of(by, config.want, getattr(config, "style", ()), config.device, opened.ground)
-        return REWARD, _ruler(line)
+        return REWARD, ruler_by(line)
     measure = opened.measure()
     # Asked on one row before anything is sampled, so that a name that is not measured costs seconds.
     known = list(measure(prompts.texts[:1], prompts.texts[:1], prompts.records[:1]))
@@ -92,12 +89,13 @@ def ruler_of(opened: PolicyRun, by: str | None, prompts: PromptBatch) -> tuple[s
     if name in known:
         return name, lambda *texts: measure(*texts)[name]
     if name == REWARD and (reward := opened.reward()) is not None:
-        return name, _ruler(reward)
+        return name, ruler_by(reward)
     raise UserError(
         f"--by {by or '(not given)'}: run {opened.run.name} measures {', '.join(known) or 'nothing but the KL'}; "
         "give one of its measures, or a reward as in imdb-sentiment + 0.5*rubric:length"
     )
 
 
-def _ruler(reward: Reward) -> Ruler:
+def ruler_by(reward: Reward) -> Ruler:
+    """Scores by a reward."""
     return lambda *texts: reward(*texts)[0].double().numpy()

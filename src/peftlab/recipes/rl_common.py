@@ -28,7 +28,7 @@ from ..runs.metrics import first_ratio_limit
 from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
-from .before_after import before_after, longest_prompt, prompt_batch
+from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
 from .common import note_function, note_model, resume_point
 from .tasks import TASKS
 from .tasks.config import TaskConfig
@@ -167,9 +167,7 @@ def finish(
     roles = job.roles
     if roles.frozen_hash() != job.base_hash:
         raise LabError("the frozen base changed during training; its adapter was not saved")
-    facts = {"want": config.want} if config.want else {}
-    stack = stack_over(config.model, job.stack, roles.tokenizer, recipe=config.recipe, task=config.task, **facts)
-    save_adapter(roles.model, POLICY, run.path / "adapter", stack)
+    save_adapter(roles.model, POLICY, run.path / "adapter", policy_stack(config, job.stack, roles.tokenizer))
     sides = before_after(run, roles, job.held_out, job.measure, config.max_new_tokens, config.seed, job.reward)
     metrics = sides.metrics | (trainer.first.metrics() if trainer.first is not None else {})
     artifacts = {"adapter": "adapter", "samples": "samples.jsonl", "rollouts": "rollouts.jsonl"}

@@ -8,18 +8,18 @@ from pydantic import Field
 
 from ..data.collate import collate_language
 from ..data.records import Conversation, PromptCompletion, Text
-from ..data.tokenize import PLAIN_CHAT, Row, document_ids, pack, prompt_completion
+from ..data.tokenize import PLAIN_CHAT, Row, document_ids, encode, pack, prompt_completion
 from ..errors import UserError
 from ..evaluation.explanations import GREEDY, evaluate_explanations
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
 from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, load_stack, save_adapter, stack_over
-from ..runs.progress import say
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Sampler
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.sampler import row_length
 from ..training.trainer import LabTrainer
 from .common import (
+    fitting_rows,
     load_recorded,
     load_rows,
     note_model,
@@ -157,15 +157,12 @@ def _asked(
         return []
     if any(getattr(record, "label", None) is None for record in held_out):
         raise UserError(f"answers: {config.eval_data} has rows without prompt, completion and label; use answers=0")
-    room = context - GREEDY.max_new_tokens
-    tokens = tokenizer([record.prompt for record in held_out], add_special_tokens=False)["input_ids"]
-    fitting = [record for record, ids in zip(held_out, tokens, strict=True) if len(ids) <= room]
+    longest = context - GREEDY.max_new_tokens
+    prompts = encode([record.prompt for record in held_out], tokenizer)
+    fitting = fitting_rows(run, config.eval_data, prompts, longest, f"an answer of {GREEDY.max_new_tokens}")
     if not fitting:
-        raise UserError(f"answers: every prompt of {config.eval_data} has more than {room} tokens; use answers=0")
-    if left := len(held_out) - len(fitting):
-        run.event("prompts_left_out", data=config.eval_data, rows=left, room=room)
-        say(f"{config.eval_data}: {left} of {len(held_out)} prompts are not asked: longer than {room} tokens")
-    return fitting[: config.answers]
+        raise UserError(f"answers: every prompt of {config.eval_data} has more than {longest} tokens; use answers=0")
+    return [held_out[row] for row in fitting[: config.answers]]
 
 
 def _samples(asked: list[PromptCompletion], sides: dict[str, list[str]]) -> list[dict[str, str]]:
