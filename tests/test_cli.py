@@ -19,6 +19,7 @@ import typer
 from commands import peftlab
 
 from peftlab import cli
+from peftlab.cli.shared import print_rows
 from peftlab.config import load_config, shipped_configs
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
@@ -321,5 +322,5 @@ def test_a_pipe_that_closes_early_is_no_traceback(place):
 def test_tables_are_readable_whatever_is_in_them():
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        cli._print_rows([{"name": "a", "value": None}, {"name": "longer", "value": 1.23456789}], False)
+        print_rows([{"name": "a", "value": None}, {"name": "longer", "value": 1.23456789}], False)
     assert out.getvalue().splitlines() == ["name    value", "a       -", "longer  1.235"]

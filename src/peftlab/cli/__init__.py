@@ -1,0 +1,50 @@
+"""The command line: verbs call recipes. No logic lives here, and torch is imported only inside verbs that need it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from ..errors import Interrupted, LabError, UserError
+from . import data, runs, training, use
+
+app = typer.Typer(
+    name="peftlab",
+    help="Shape the behaviour of language models with adapters on one frozen base.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _group in (training, data, use, runs):  # the order of `peftlab --help`
+    app.add_typer(_group.app)
+
+
+def main() -> None:
+    """Entry point: errors of the user's become one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Its warnings are about what the lab does on purpose: packed rows without a mask, GPT-2's default loss.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except UserError as error:
+        _fail(error, 2)
+    except Interrupted as error:
+        _fail(error, 128 + error.signum)
+    except LabError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def _fail(message: object, code: int) -> None:
+    from ..runs.progress import say
+    from ..runs.sanitize import sanitize
+
+    say(f"peftlab: {sanitize(str(message))}")
+    sys.exit(code)

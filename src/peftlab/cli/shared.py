@@ -1,0 +1,93 @@
+"""What the groups of verbs share: where runs are, options of one meaning, how results are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RUNS = Path("runs")
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the config")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
+
+
+def loading() -> None:
+    """The libraries take seconds to import, and a model some more: on a terminal that is said at once."""
+    if sys.stderr.isatty():
+        print("loading ...", file=sys.stderr, flush=True)
+
+
+def print_value(value: Any, as_json: bool) -> None:
+    if as_json or not isinstance(value, dict):
+        print(json.dumps(value, indent=1))
+        return
+    width = max(map(len, value), default=0)
+    for key, item in value.items():
+        print(f"{key:{width}}  {cell(item)}")
+
+
+def print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """A dry run for a person: the config as a file would have it, then the sizes of the job."""
+    if as_json:
+        print_value(plan, True)
+        return
+    from ..config import to_toml
+
+    print(f"config\n\n{to_toml(plan['config'])}\nsizes\n")
+    print_value({name: size for name, size in plan.items() if name != "config"}, False)
+
+
+def print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_value(summary, True)
+        return
+    rows = [
+        {"metric": name, "before": summary["baseline"].get(name), "after": value,
+         "95% interval": interval(summary, name)}
+        for name, value in summary["metrics"].items()
+    ]
+    print_rows(rows, False)
+    print(f"\n{summary['run']}: {summary['status']} in {summary['time']['wall_s']:.0f} s; report: "
+          f"{RUNS / summary['run'] / 'report.html'}")
+
+
+def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A plain table whose columns are as wide as their widest cell; readable when piped."""
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        print("(none)")
+        return
+    table = [list(rows[0]), *[[cell(value) for value in row.values()] for row in rows]]
+    widths = [max(len(line[i]) for line in table) for i in range(len(rows[0]))]
+    for line in table:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def short(reason: str | None, most: int = 60) -> str | None:
+    """The first line of a reason, cut: one that lists bad rows would push every column off the screen."""
+    line = (reason or "").partition("\n")[0]
+    return (line if len(line) <= most else line[: most - 3] + "...") or None
+
+
+def interval(found: dict[str, Any], name: str) -> str | None:
+    """The 95% interval of a metric of a summary or an evaluation, to the digits of its figure; None without one."""
+    ends = found["intervals"].get(name)
+    return None if ends is None else " to ".join(map(cell, ends))
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {cell(v)}" for k, v in value.items())
+    return str(value)

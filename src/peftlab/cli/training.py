@@ -1,0 +1,81 @@
+"""Verbs that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .shared import RUNS, Json, Overrides, loading, print_plan, print_summary
+
+app = typer.Typer()
+
+
+def _training_verb(verb: str, summary: str) -> None:
+    """`peftlab VERB [CONFIG] [key=value ...]`, the same for every recipe that trains."""
+
+    @app.command(verb, help=summary)
+    def command(
+        config: Annotated[str | None, typer.Argument(help="a TOML file, a shipped config's name, or key=value")] = None,
+        overrides: Overrides = None,
+        run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="continue the run from its newest checkpoint")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="show config and sizes; train nothing")] = False,
+        as_json: Json = False,
+    ) -> None:
+        loading()
+        from ..recipes.launch import dry_run as show
+        from ..recipes.launch import launch
+
+        pairs = list(overrides or [])
+        if config is not None and "=" in config and not Path(config).exists():
+            pairs, config = [config, *pairs], None
+        if dry_run:
+            print_plan(show(verb, config, pairs), as_json)
+        else:
+            result = launch(verb, config, pairs, RUNS, run, resume)
+            print_summary(result, as_json)
+
+
+for _verb, _summary in {
+    "pretrain": "Train a small language model from scratch on the training reviews.",
+    "sft": "Fine-tune a language model with LoRA on text.",
+    "classify": "Fine-tune a classifier with LoRA.",
+    "summarize": "Teach an encoder-decoder to summarize: prefix tuning, LoRA, or all weights.",
+    "reward": "Train a reward model on pairs of answers: which one is preferred?",
+    "ppo": "Steer a language model with PPO: only its adapter learns.",
+    "rloo": "Steer a language model by several answers to each prompt, without a critic: only its adapter learns.",
+    "dpo": "Steer a language model with pairs of answers, without a reward model: only its adapter learns.",
+}.items():
+    _training_verb(_verb, _summary)
+
+
+@app.command()
+def demo(
+    run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue a demo that was stopped")] = False,
+    full: Annotated[bool, typer.Option("--full", help="then explanations and summaries, too")] = False,
+    as_json: Json = False,
+) -> None:
+    """The whole lab in minutes: classify, SFT, reward model, PPO, an independent judge, and a report."""
+    loading()
+    from ..recipes.demo import run_demo
+
+    run_demo(RUNS, run, full=full, resume=resume, as_json=as_json)
+
+
+@app.command()
+def configs(name: Annotated[str | None, typer.Argument(help="show this config's text")] = None) -> None:
+    """List the shipped configs, or show one."""
+    from ..config import shipped_configs
+
+    shipped = shipped_configs()
+    if name is None:
+        for known, path in shipped.items():
+            print(f"{known:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
+    elif name in shipped:
+        print(shipped[name].read_text(), end="")
+    else:
+        raise UserError(f"config {name}: not a shipped config; known: {', '.join(shipped)}")

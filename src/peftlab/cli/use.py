@@ -1,0 +1,138 @@
+"""Verbs that use what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared import RUNS, Device, Json, interval, loading, print_rows, print_value
+
+app = typer.Typer()
+
+
+@app.command()
+def generate(
+    stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")],
+    prompt: Annotated[str, typer.Option(help="the text to continue")] = "",
+    count: Annotated[int, typer.Option("--count", "-n", help="completions to sample")] = 1,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with a model or an adapter."""
+    loading()
+    from ..recipes.tools import generate_texts
+
+    rows = generate_texts(stack, prompt, count, max_new_tokens, temperature, top_p, seed, device)
+    if as_json:
+        print_value(rows, True)
+    else:
+        from ..runs.sanitize import sanitize
+
+        for row in rows:
+            print(sanitize(row["prompt"] + row["text"]) + "\n")
+
+
+@app.command()
+def predict(
+    adapter: Annotated[str, typer.Argument(help="an adapter: a bundled name or a folder")],
+    text: Annotated[str | None, typer.Option(help="predict this one text")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(help="JSONL with a `text` (or `prompt`, or `document`) a row; rewards: prompt and completion"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL to write, one row per input row, in order")] = None,
+    device: Device = "auto",
+) -> None:
+    """Run an adapter on a text or on a file."""
+    loading()
+    from ..recipes.predict import predict as run_predict
+
+    run_predict(adapter, text, input, output, device)
+
+
+@app.command("eval")
+def evaluate(
+    stacks: Annotated[list[str], typer.Argument(help="a run, model or adapter; several runs with --frontier")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="held-out data: NAME:SPLIT or a file; default: the run's, imdb:test or imdb-gist:test"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="only this many rows, a seeded sample")] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, where the data's name is another")] = None,
+    samples: Annotated[int, typer.Option(help="of a policy: answers to each prompt")] = 1,
+    checkpoint: Annotated[int | None, typer.Option(help="of a policy: a step that was kept; default: its end")] = None,
+    against: Annotated[str | None, typer.Option(help="win rate of a policy against this run, adapter or model")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="what answers are compared by: a measure, or a reward; default: the judge")
+    ] = None,
+    tie_margin: Annotated[float, typer.Option(help="scores this near tie")] = 0.01,
+    frontier: Annotated[bool, typer.Option("--frontier", help="draw what runs of a policy gained for their KL")]
+    = False,
+    reference_samples: Annotated[int, typer.Option(help="of --frontier: answers of the reference to each prompt")]
+    = 64,
+    chart: Annotated[Path, typer.Option(help="of --frontier: the SVG to write, and JSON beside it")]
+    = Path("frontier.svg"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a model on held-out data.
+
+    A classifier's accuracy, F1 and ECE, a summarizer's ROUGE, a reward model's accuracy on pairs of answers, a language
+    model's perplexity, or, where rows are prompts with completions and labels, how its own answers explain the labels.
+    Of a run of ppo, rloo or dpo: its policy beside its reference, on the run's held-out prompts.
+    """
+    from ..data.check import column_pairs
+
+    mapped = column_pairs(columns or [])  # before the libraries load
+    loading()
+    from ..recipes.evaluate import PolicyOptions, run_eval
+
+    options = PolicyOptions(samples, checkpoint, against, by, tie_margin, frontier, reference_samples, chart)
+    found = run_eval(RUNS, stacks, data, limit, device, mapped, options)
+    if as_json:
+        print_value(found, True)
+        return
+    print_value({name: value for name, value in found.items() if not isinstance(value, dict | list)}, False)
+    print()
+    if frontier:
+        from ..recipes.frontier import frontier_rows
+
+        print_rows(frontier_rows(found), False)
+        return
+    baseline = found.get("baseline", {})
+    print_rows([{"metric": name, **({"baseline": baseline.get(name)} if baseline else {}), "value": value,
+                  "95% interval": interval(found, name)} for name, value in found["metrics"].items()], False)
+
+
+@app.command()
+def chat(
+    stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")] = "smollm2-135m",
+    system: Annotated[str, typer.Option(help="system text, where the model's template has one")] = "",
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Talk with a model or an adapter; /help lists what you can do there."""
+    loading()
+    from ..recipes.tools import open_chat
+
+    open_chat(stack, system, seed, device).run()
+
+
+@app.command()
+def label(
+    prefs: Annotated[Path, typer.Argument(help="JSONL rows with prompt, chosen and rejected")],
+    output: Annotated[Path | None, typer.Option(help="journal of the choices; default: PREFS.labels.jsonl")] = None,
+    web: Annotated[bool, typer.Option("--web", help="label on a page in your browser")] = False,
+    port: Annotated[int, typer.Option(help="of the page, on 127.0.0.1; 0 takes any free one")] = 0,
+    seed: Annotated[int, typer.Option(help="draws which answer stands on the left")] = 0,
+) -> None:
+    """Judge pairs of answers yourself, and go on where you stopped; PREFS.labelled.jsonl holds them in your order."""
+    from ..recipes.label import label as run_label
+
+    run_label(prefs, output, web, port, seed)
