@@ -86,6 +86,21 @@ def explanations() -> list[Job]:
     ]
 
 
+def continuations() -> list[Job]:
+    """A reward model of SmolLM2 on pairs of its own continuations of reviews, which `imdb-sentiment` ranks."""
+    pairs = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl"
+    return [
+        Job("sft", "sft smollm2-imdb"),
+        Job(
+            "pairs",
+            "data preferences --policy RUNS/sft --prompts imdb:train --k 4 --prompt-tokens 2,8 --max-new-tokens 48 "
+            "--scorer imdb-sentiment --min-margin 1 --batch-size 512 --dtype bfloat16 --limit 8000",
+            ("sft",),
+        ),
+        Job("reward", f"reward reward-explanations model=RUNS/sft {pairs} max_length=128 lr=2e-4", ("pairs",)),
+    ]
+
+
 def frontier() -> list[Job]:
     """Judge against KL on continuations of 48 tokens: PPO, RLOO and DPO at several strengths, three seeds."""
     shape = "model=RUNS/sft prompt_tokens=[2,8] max_new_tokens=48 eval_prompts=750"
@@ -131,7 +146,7 @@ def rank() -> list[Job]:
 
 
 EXPERIMENTS: dict[str, Callable[[], list[Job]]] = {
-    f.__name__: f for f in (summaries, explanations, frontier, rank)
+    f.__name__: f for f in (summaries, explanations, continuations, frontier, rank)
 }
 
 
