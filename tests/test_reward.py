@@ -92,9 +92,14 @@ def test_heads_start_as_told():
         assert head(torch.ones(2, 10_000, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("members", [1, 3])
-def test_a_batch_scores_as_its_rows_do_alone_padded_on_either_side(base, members):
-    model = model_of(base, members)
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return tiny.llama_folder(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.mark.parametrize(("kind", "members"), [("base", 1), ("base", 3), ("llama", 1)])
+def test_a_batch_scores_as_its_rows_do_alone_padded_on_either_side(request, kind, members):
+    model = model_of(request.getfixturevalue(kind), members)
     together = model.logits(PROMPTS, ANSWERS)
     alone = torch.cat([model.logits([p], [a]) for p, a in zip(PROMPTS, ANSWERS, strict=True)])
     assert torch.allclose(together, alone, atol=1e-5, rtol=0)
@@ -200,9 +205,9 @@ def no_head(folder: Path) -> None:
     (folder / "head.safetensors").unlink()
 
 
-def no_head_and_no_manifest(folder: Path) -> None:
+def no_head_by_its_manifest(folder: Path) -> None:
     no_head(folder)
-    (folder / "manifest.json").unlink()
+    write_manifest(folder)
 
 
 def a_nan(folder: Path) -> None:
@@ -227,7 +232,7 @@ def facts(folder: Path, **changes: object) -> None:
 
 REFUSALS = {
     "head.safetensors is missing": no_head,
-    "has no head.safetensors": no_head_and_no_manifest,
+    "has no head.safetensors": no_head_by_its_manifest,
     "linear.bias holds NaN": a_nan,
     r"linear.weight is \(1, 33\), expected \(1, 32\)": a_wide_head,
     "head.safetensors does not match its sha256": a_flipped_bit,

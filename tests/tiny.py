@@ -84,6 +84,15 @@ def spelling_tokenizer(encoder: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
+def llama_folder(folder: Path, seed: int = 0) -> Path:
+    """As `causal_folder`, of Llama's architecture."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=320, max_position_embeddings=96, hidden_size=32, intermediate_size=64,
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+                         tie_word_embeddings=True, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    return _save(LlamaForCausalLM(config), spelling_tokenizer(), folder)
+
+
 def causal_folder(folder: Path, seed: int = 0) -> Path:
     """A random GPT-2 with its tokenizer as a folder that loads by path: width 32, context 96.
 

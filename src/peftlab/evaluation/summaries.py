@@ -20,6 +20,11 @@ from .rouge import Rouge, rouge
 MOST = {"max_length": 1_000_000, "max_summary": 32_768, "beams": 64}
 
 
+# No run of so many tokens twice in a summary, as T5 and BART are run for summaries: without it a small model's beams
+# may say one word until the end.
+NO_REPEAT = 3
+
+
 @dataclass(frozen=True)
 class SummaryFormat:
     """How documents are read and summaries written; lengths in tokens, the EOS included. An adapter keeps its own."""
@@ -74,6 +79,7 @@ def summarize(
 
     settings = GenerationConfig(
         num_beams=form.beams,
+        no_repeat_ngram_size=NO_REPEAT,
         max_new_tokens=form.max_summary,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,

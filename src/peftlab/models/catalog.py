@@ -15,7 +15,7 @@ from ..errors import UserError
 
 Kind = Literal["causal", "encoder", "seq2seq", "adapter"]
 BUNDLED = Path(__file__).parent / "bundled"
-OFFLINE = "tiny-gpt2, smollm2-135m, minilm-distilbert, or a local folder"
+OFFLINE = "tiny-gpt2, tiny-t5, smollm2-135m, minilm-distilbert, or a local folder"
 # What a Hub snapshot may hold: never pickles, never code.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 # model_type of encoders, for a config.json that names no architecture.
