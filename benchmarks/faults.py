@@ -11,6 +11,10 @@ Most runs are children forked from this process, which has imported the librarie
 is no pool of threads that a fork would lose; `--programs` of the kills meet a program started as a user does.
 With `--signal` TERM or INT a run must end with exit 143 or 130, and how long that took is told.
 
+    python benchmarks/faults.py --twins 20
+
+Nothing is killed: so many times, in turn over the recipes, a second run must equal the first one of its seed.
+
 One line a kill; the last line is JSON. Exit 0 only where every kill hit a run and every such run ended identical.
 """
 
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -283,6 +288,18 @@ def campaign(lab: Lab, verbs: list[str], kills: int, seed: int, programs: int) -
     return tally
 
 
+def twins(lab: Lab, verbs: list[str], count: int, programs: int) -> Tally:
+    """Runs of one seed beside the first of their recipe; the first `programs` are started as a user does."""
+    tally, firsts = Tally(0), {verb: lab.whole(verb) for verb in verbs}
+    for number, verb in enumerate(itertools.islice(itertools.cycle(verbs), count)):
+        name = f"{verb}-{number}"
+        lab.start(verb, name, program=number < programs).wait()
+        verdict = "identical" if left(lab.run(name)) == firsts[verb].left else "different"
+        print(f"{number + 1:4d}/{count} {verb}{' as a program' if number < programs else ''}: {verdict}", flush=True)
+        setattr(tally, verdict, getattr(tally, verdict) + 1)
+    return tally
+
+
 def _in_turn(verbs: list[str], draw: random.Random) -> Iterator[str]:
     while True:
         yield from draw.sample(verbs, len(verbs))
@@ -310,15 +327,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", choices=RECIPES, action="append", help="may be given several times; default: all")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
+    parser.add_argument("--twins", type=int, help="kill nothing: so many pairs of runs of one seed")
     parser.add_argument("--programs", type=int, help="kills of full program starts; default: one in ten")
     arguments = parser.parse_args()
     verbs = arguments.recipe or list(RECIPES)
     prepare()
     home = Path(tempfile.mkdtemp(prefix="peftlab-faults-"))
-    programs = arguments.kills // 10 if arguments.programs is None else arguments.programs
+    wanted = arguments.twins or arguments.kills
+    programs = wanted // 10 if arguments.programs is None else arguments.programs
     lab = Lab(home, signal.Signals[f"SIG{arguments.signal}"])
-    tally = campaign(lab, verbs, arguments.kills, arguments.seed, programs)
-    good = tally.identical == tally.hit == tally.kills
+    if arguments.twins:
+        tally = twins(lab, verbs, wanted, programs)
+        good = tally.identical == wanted
+    else:
+        tally = campaign(lab, verbs, wanted, arguments.seed, programs)
+        good = tally.identical == tally.hit == tally.kills
     if good:
         shutil.rmtree(home)
     else:

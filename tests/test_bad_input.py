@@ -18,6 +18,7 @@ from commands import peftlab, program
 from peftlab.data import pull
 from peftlab.recipes import RECIPES
 from peftlab.recipes.launch import launch
+from peftlab.runs.checkpoint import write_manifest
 from peftlab.runs.rundir import RunDir
 
 FILES = {
@@ -54,10 +55,10 @@ def shop(tmp_path_factory) -> dict[str, str]:
     weights = Path(shop["changed"]) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     (Path(shop["bare"]) / "adapter_model.safetensors").unlink()
-    (Path(shop["bare"]) / "manifest.json").unlink()
+    write_manifest(Path(shop["bare"]))
     stack = Path(shop["homeless"]) / "stack.json"
     stack.write_text(json.dumps(json.loads(stack.read_text()) | {"base": "nowhere/base"}))
-    (Path(shop["homeless"]) / "manifest.json").unlink()
+    write_manifest(Path(shop["homeless"]))
     for name in ("notes", "hollow"):
         (root / name).mkdir()
         shop[name] = str(root / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from pathlib import Path
@@ -46,19 +45,23 @@ def at_home(shop, monkeypatch) -> None:
     monkeypatch.chdir(shop["root"])
 
 
-def go(shop: dict[str, str], verb: str, runs: Path, resume: bool = False) -> dict:
+def go(shop: dict[str, str], verb: str, runs: Path, *more: str) -> dict:
     fields = load(verb).CONFIG.model_fields
     rl = ["steps=4", "save_every=1", "reward=nan_rewards:count_e"]
     pairs = ["max_steps=4", "save_every=1"] if "max_steps" in fields else rl
     pairs += [f"judge={shop['root']}/judge"] if "judge" in fields else []
-    return launch(verb, None, tiny.overrides(shop, verb, *pairs), runs, verb, resume)
+    return launch(verb, None, tiny.overrides(shop, verb, *pairs, *more), runs, verb)
 
 
 class Fault:
-    """Where a run is, and what its weights were when the bad step began."""
+    """Where a run is, and what its weights were when the bad step began.
 
-    def __init__(self, value: float = math.nan) -> None:
-        self.value, self.active = value, False
+    `later`: how many of the bad step's numbers stay good before one is spoilt.
+    """
+
+    def __init__(self, value: float = math.nan, later: int = 0) -> None:
+        self.value, self.later, self.active = value, later, False
+        self.on_the_way: list[str] = []
         self.before: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
 
@@ -72,6 +75,10 @@ class Fault:
     def spoil(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`, in the bad step with one entry spoilt."""
         if not self.active:
+            return tensor
+        if self.later:
+            self.later -= 1
+            self.on_the_way = self.moved()
             return tensor
         spoilt = tensor.clone()
         spoilt.view(-1)[-1] = self.value
@@ -174,8 +181,9 @@ def spoil_site(site: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
     def applying(self, stats):
         numbers = apply(self, stats)
         if fault.active:
-            parameter = next(iter(self.roles.policy_parameters().values()))
-            parameter.data = fault.spoil(parameter.data)
+            with torch.no_grad():
+                parameter = next(iter(self.roles.policy_parameters().values()))
+                parameter.copy_(fault.spoil(parameter))
         return numbers
 
     def wrapped(real):
@@ -189,7 +197,7 @@ def spoil_site(site: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
     if site == "logprob":
         patch.setattr(Sampler, "sample", sampling)
     elif site == "ref_logprob":
-        patch.setattr(rollout_module, "token_logprobs", wrapped(rollout_module.token_logprobs))
+        patch.setattr(Roles, "reference_logprobs", wrapped(Roles.reference_logprobs))
     elif site == "value":
         patch.setattr(Roles, "values", wrapped(Roles.values))
     elif site == "exact_kl":
@@ -202,9 +210,7 @@ def spoil_site(site: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
         name = {"advantage": "gae", "policy_loss": "ppo_policy_loss"}.get(site, site)
         patch.setattr(ppo_module, name, wrapped(getattr(ppo_module, name)))
     elif site == "new_logprob":
-        for verb in POLICY:
-            module = importlib.import_module(f"peftlab.rl.{verb}")
-            patch.setattr(module, "token_logprobs", wrapped(module.token_logprobs))
+        patch.setattr(Roles, "policy_tokens", wrapped(Roles.policy_tokens))
 
 
 @pytest.mark.parametrize(
@@ -218,5 +224,21 @@ def test_a_policys_run_stops(shop, tmp_path, monkeypatch, verb, site, value):
         with pytest.raises(LabError) as caught:
             go(shop, verb, tmp_path)
     assert_stopped(tmp_path / verb, caught.value, (SITES | PPO_ONLY)[site])
-    if site != "parameter":
-        assert not fault.moved()
+    assert not fault.moved()
+
+
+@pytest.mark.parametrize("site", ["new_logprob", "parameter"])
+@pytest.mark.parametrize("verb", POLICY)
+def test_a_fault_in_a_later_minibatch_takes_the_earlier_ones_back(shop, tmp_path, monkeypatch, verb, site):
+    """Of four minibatches in two epochs, three move the weights before it is met."""
+    fault = Fault(later=3)
+    with monkeypatch.context() as patch:
+        spoil_site(site, fault, patch)
+        with pytest.raises(LabError) as caught:
+            go(shop, verb, tmp_path, "epochs=2", f"minibatch_size={4 if verb == 'ppo' else 6}", "epoch_kl_stop=9")
+    assert_stopped(tmp_path / verb, caught.value, SITES[site])
+    assert fault.on_the_way and not fault.moved()
+    assert str(caught.value).endswith("; the weights are those before the step")
+    if site == "new_logprob":
+        assert "in minibatch 2 of epoch 2" in str(caught.value)
+    assert "not updated" not in str(caught.value)

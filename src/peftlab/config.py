@@ -6,6 +6,7 @@ Knows the machinery and no job: each recipe declares its own `Config` subclass n
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -152,8 +153,13 @@ def _lines(table: Mapping[str, Any], tables: list[str], prefix: str = "") -> lis
         if isinstance(value, Mapping) and not prefix:
             tables += ["", f"[{key}]", *_lines(value, tables, f"{key}.")]
         else:
-            lines.append(f"{key} = {_literal(value)}")
+            lines.append(f"{_key(key)} = {_literal(value)}")
     return lines
+
+
+def _key(key: str) -> str:
+    """A key as TOML spells it: in quotes, where it holds more than letters, digits, _ and -."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _literal(key)
 
 
 def _literal(value: Any) -> str:
@@ -166,7 +172,7 @@ def _literal(value: Any) -> str:
         )
         return f'"{escaped}"'
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{k} = {_literal(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items()) + " }"
     if isinstance(value, Iterable):
         return "[" + ", ".join(_literal(v) for v in value) + "]"
     return repr(value)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -27,6 +27,7 @@ from ..config import Config
 from ..data.tokenize import PLAIN_CHAT
 from ..errors import UserError
 from ..runs.checkpoint import MANIFEST, verify_manifest, whole_folder, write_manifest
+from ..runs.progress import say
 from .backbone import Backbone, load_backbone, trunk
 from .catalog import resolve
 from .prefix import PREFIX_TYPE, PREFIX_WEIGHTS, attach_prefix, own_prefix, prefix_shapes, write_prefix
@@ -35,6 +36,9 @@ Kind = Literal["causal", "classifier", "seq2seq", "reward"]
 # PEFT's name of each kind; a reward model's LoRA is one of a causal model.
 TASK_TYPES: dict[Kind, str] = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_TYPES = ("LORA", "PREFIX_TUNING")  # those of PEFT's that the lab reads
+# What adapter_config.json says of sizes; none is larger than a side of the largest tensor.
+SIZES = ("r", "num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
 
 
 class PolicyLora(Config):
@@ -227,17 +231,30 @@ def read_stack(folder: Path) -> Stack:
         raise UserError(f"{folder}: not an adapter folder (no adapter_config.json)")
     _verify(folder)
     name = "stack.json" if (folder / "stack.json").is_file() else "adapter_config.json"
+    facts = _read_json(folder, name)
     try:
-        facts = json.loads((folder / name).read_text(encoding="utf-8"))
         if name == "adapter_config.json":
             kinds = {task: kind for kind, task in TASK_TYPES.items()}
-            return Stack(kinds.get(facts.get("task_type"), "causal"), facts["base_model_name_or_path"], "")
-        under = tuple(folder / inner for inner in facts.pop("under"))
-        if not all(inner.resolve().is_relative_to(folder.resolve()) for inner in under):
+            return _sound(Stack(kinds.get(str(facts.get("task_type")), "causal"), facts["base_model_name_or_path"], ""))
+        inside = facts.pop("under")
+        if not isinstance(inside, list):
+            raise TypeError("`under` is no list")
+        under = tuple(folder / inner for inner in inside)
+        if sorted(under) != sorted((folder / "under").glob("*")):
+            raise ValueError("`under` does not list the adapters that are there")
+        if not all(folder.resolve() in inner.resolve().parents for inner in under):
             raise ValueError("`under` leaves the folder")
-        return Stack(facts.pop("kind"), facts.pop("base"), facts.pop("fingerprint"), under, facts)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"adapter {folder}: {name} is damaged ({error}); restore it or train again") from None
+        return _sound(Stack(facts.pop("kind"), facts.pop("base"), facts.pop("fingerprint"), under, facts))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"adapter {folder}: {name} is damaged ({error!r}); restore it or train again") from None
+
+
+def _sound(stack: Stack) -> Stack:
+    """The stack, if its facts are of the right kind; else ValueError."""
+    names = isinstance(stack.base, str) and isinstance(stack.fingerprint, str)
+    if not (stack.kind in get_args(Kind) and names):
+        raise ValueError(f"kind {stack.kind!r}, base {stack.base!r}, fingerprint {stack.fingerprint!r}")
+    return stack
 
 
 def adapter_hash(name: str) -> str:
@@ -282,14 +299,24 @@ def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> 
     stack = read_stack(folder)
     if fingerprint:
         check_base(folder, stack, fingerprint)
-    about = _peft_config(folder)
+    about = _read_json(folder, "adapter_config.json")
     if about.get("peft_type") == PREFIX_TYPE:
         return _load_own_prefix(model, folder, about)
+    if about.get("peft_type") not in PEFT_TYPES:
+        known = " and ".join(PEFT_TYPES)
+        raise UserError(f"adapter {folder}: its peft_type is {about.get('peft_type')!r}; the lab reads {known}")
     tensors = read_weights(folder / PEFT_WEIGHTS)
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = config.is_prompt_learning  # True: a prefix as it was saved, without the MLP that made it
-    model = _wrap(model, config, name, stack.base)
-    check_tensors(folder, tensors, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    _check_sizes(folder, about, tensors)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        # True for a prefix: as it was saved, without the MLP that made it.
+        config.inference_mode = config.is_prompt_learning
+        model = _wrap(model, config, name, stack.base)
+        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    except Exception as error:  # PEFT looks at few of these facts before it builds on them, and may fail in any way
+        known = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise UserError(f"adapter {folder}: adapter_config.json does not fit ({known}); restore it") from error
+    check_tensors(folder, tensors, expected)
     set_peft_model_state_dict(model, tensors, adapter_name=name)
     for parameter in adapter_parameters(model, name).values():
         parameter.requires_grad_(False)
@@ -328,15 +355,26 @@ def load_under(folder: Path, stack: Stack, device: str = "auto") -> Backbone:
 
     Raises UserError where the base of that name is not the one that the adapter was trained on.
     """
+    if not (folder / MANIFEST).is_file():
+        say(
+            f"adapter {folder}: has no {MANIFEST}, so its bytes cannot be told from others; tensor names, shapes and "
+            "finite values are all that is checked"
+        )
     labels = stack.extra.get("labels", [0, 1])
-    if not isinstance(labels, list):
+    if not (isinstance(labels, list) and labels):
         raise UserError(f"adapter {folder}: stack.json says labels {labels!r}; it is a list of names")
     task = "causal" if stack.kind == "reward" else stack.kind
-    base = load_backbone(stack.base, task, device=device, num_labels=len(labels))
+    try:
+        base = load_backbone(stack.base, task, device=device, num_labels=len(labels))
+    except UserError as error:
+        raise UserError(f"adapter {folder}: its base: {error}") from None
     check_base(folder, stack, base.fingerprint)
     model = base.model
     for under in stack.under:
-        model = load_adapter(model, under, "under", base.fingerprint).merge_and_unload()
+        model = load_adapter(model, under, "under", base.fingerprint)
+        if not lora_layers(model):
+            raise UserError(f"adapter {under}: is no LoRA, so nothing can stand on it")
+        model = model.merge_and_unload()
     if stack.extra.get("chat_template") == "plain":
         base.tokenizer.chat_template = PLAIN_CHAT
     return Backbone(base.name, model.requires_grad_(False).eval(), base.tokenizer, base.fingerprint)
@@ -349,18 +387,33 @@ def check_base(folder: Path, stack: Stack, fingerprint: str) -> None:
 
 
 def _verify(folder: Path) -> None:
-    if (folder / "manifest.json").is_file() and (problems := verify_manifest(folder)):
+    """Manifest and stack.json go together; a folder that the lab did not write has neither."""
+    ours = [(folder / name).is_file() for name in (MANIFEST, "stack.json")]
+    problems = verify_manifest(folder) if any(ours) else []
+    if not problems and any(ours) and not all(ours):
+        problems = ["stack.json is missing"]
+    if problems:
         raise UserError(f"adapter {folder}: {'; '.join(problems)}; restore the folder or train it again")
 
 
-def _peft_config(folder: Path) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"adapter {folder}: adapter_config.json is damaged ({error}); restore it") from None
-    if not isinstance(about, dict):
-        raise UserError(f"adapter {folder}: adapter_config.json is damaged (no object); restore it")
-    return about
+        facts = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"adapter {folder}: {name} is damaged ({error}); restore it") from None
+    if not isinstance(facts, dict):
+        raise UserError(f"adapter {folder}: {name} is damaged (no object); restore it")
+    return facts
+
+
+def _check_sizes(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """UserError for sizes that the tensors do not have: what is built by them may be larger than the memory."""
+    longest = max((side for value in tensors.values() for side in value.shape), default=0)
+    ranks = about.get("rank_pattern") or {}
+    sizes = {key: about[key] for key in SIZES if key in about} | (ranks if isinstance(ranks, dict) else {})
+    for key, size in sizes.items():
+        if type(size) is not int or not 0 < size <= longest:
+            raise UserError(f"adapter {folder}: adapter_config.json says {key} {size!r}, which its tensors do not have")
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -379,10 +432,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def _load_own_prefix(model: Any, folder: Path, about: Mapping[str, Any]) -> Any:
     """Give `model` the prefix in `folder`; a T5 has one at a time."""
-    tensors, length = read_weights(folder / PREFIX_WEIGHTS), about.get("num_virtual_tokens")
-    if not isinstance(length, int):
-        raise UserError(f"adapter {folder}: adapter_config.json says num_virtual_tokens {length!r}; restore the folder")
-    shapes = prefix_shapes(model, length)
+    tensors = read_weights(folder / PREFIX_WEIGHTS)
+    _check_sizes(folder, {"num_virtual_tokens": None, **about}, tensors)
+    shapes = prefix_shapes(model, about["num_virtual_tokens"])
     check_tensors(folder, tensors, {kind: torch.empty(shape, device="meta") for kind, shape in shapes.items()})
     device = next(model.parameters()).device
     attach_prefix(model, {kind: value.to(device) for kind, value in tensors.items()}).requires_grad_(False)
@@ -392,6 +444,8 @@ def _load_own_prefix(model: Any, folder: Path, about: Mapping[str, Any]) -> Any:
 def _wrap(model: Any, config: Any, name: str, base: str) -> Any:
     from peft import PeftModel, get_peft_model
 
+    from .quick_lora import quicken
+
     config.base_model_name_or_path = None  # peft would warn that ours is not the folder the base was read from
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property by its old name
@@ -399,18 +453,21 @@ def _wrap(model: Any, config: Any, name: str, base: str) -> Any:
             model.add_adapter(name, config)
         else:
             model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    quicken(model)
     config.base_model_name_or_path = base
     activate(model, name)
     return model.eval()
 
 
 def check_tensors(folder: Path, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """UserError naming the first tensor that is missing, unknown, of another shape or not finite."""
+    """UserError naming the first tensor that is missing, unknown, of another type or shape, or not finite."""
     missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has the unknown tensor {extra[0]}"
         raise UserError(f"adapter {folder}: does not fit this model: it {what} ({len(missing) + len(extra)} differ)")
     for key, value in given.items():
+        if not value.is_floating_point():
+            raise UserError(f"adapter {folder}: {key} holds {value.dtype}, which are no weights")
         if value.shape != expected[key].shape:
             raise UserError(f"adapter {folder}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
         if not torch.isfinite(value).all():

@@ -20,6 +20,7 @@ from ..models.fresh import (
     save_model,
     train_tokenizer,
 )
+from ..runs.checkpoint import whole_folder
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
@@ -98,10 +99,11 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
         model.to(torch.float16).to(torch.float32)
         after, intervals = _figures(task, model)
         run.log(after, trainer.state.global_step)
-        save_model(model, tokenizer, run.path / "model")
         size, steps = trained_parameters(model), trainer.state.global_step
         facts = Facts(after, intervals, task.epoch_tokens, seconds, size, steps, model.device)
-        (run.path / "model" / "README.md").write_text(card(config, facts, task.samples(model)), encoding="utf-8")
+        with whole_folder(run.path / "model", marker="config.json") as place:
+            save_model(model, tokenizer, place)
+            (place / "README.md").write_text(card(config, facts, task.samples(model)), encoding="utf-8")
         return run.finish(after, before, intervals, {"model": "model"})
 
 

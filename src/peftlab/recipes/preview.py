@@ -20,7 +20,7 @@ from ..data.tokenize import IGNORED
 from ..errors import UserError
 from ..evaluation.summaries import MOST, SummaryFormat
 from ..models.adapters import read_stack
-from ..models.backbone import NEEDS, Task
+from ..models.backbone import NEEDS, Task, load_tokenizer
 from ..models.catalog import resolve
 from ..models.classifier import own_labels
 from . import classify, dpo, load, sft
@@ -90,15 +90,13 @@ def preview(spec: str, kind: str, model: str | None, rows: int, overrides: Seque
 
 def _tokenizer(name: str, task: Task) -> Any:
     """The tokenizer of a base, or of the base that an adapter stands on."""
-    from transformers import AutoTokenizer
-
     entry = resolve(name)
     if entry.kind == "adapter" and task == "causal":
         entry = resolve(read_stack(entry.path).base)
     kinds, needs = NEEDS[task]
     if entry.kind not in kinds:
         raise UserError(f"model {name}: is of kind {entry.kind}, but this job needs {needs}")
-    return AutoTokenizer.from_pretrained(str(entry.path))
+    return load_tokenizer(name, str(entry.path))
 
 
 def _records(config: Any, kind: str) -> list[Any]:

@@ -75,6 +75,14 @@ class RewardConfig(TrainConfig):
     def _keys_fit(self) -> Self:
         if self.objective == "pointwise" and (self.flip_labels or self.margin):
             raise ValueError("flip_labels and margin are about pairs; objective=pointwise looks at single answers")
+        idle = {
+            "centre": self.objective == "pointwise" and "objective is pairwise",
+            "combine": self.members == 1 and "members is 2 or more",
+            "std_weight": self.combine != "mean-std" and "combine is mean-std",
+        }
+        for key, only in idle.items():
+            if only and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: acts only where {only}; leave it out")
         return self
 
 

@@ -21,6 +21,7 @@ from ..evaluation.targets import target_nlls
 from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, attach_decoder_prefix, save_adapter
 from ..models.backbone import Backbone, load_backbone
 from ..models.prefix import attach_prefix, own_prefix, word_states
+from ..runs.checkpoint import whole_folder
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.sampler import pair_length
@@ -177,8 +178,9 @@ def _save(model: Any, backbone: Backbone, config: SummarizeConfig, folder: Path)
     facts = {"recipe": "summarize", "method": config.method, **_form(config).facts()}
     if config.method == "full":
         model.config.peftlab = facts
-        model.save_pretrained(folder / "model")
-        backbone.tokenizer.save_pretrained(folder / "model")
+        with whole_folder(folder / "model", marker="config.json") as place:
+            model.save_pretrained(place)
+            backbone.tokenizer.save_pretrained(place)
         return "model"
     stack = Stack("seq2seq", config.model, backbone.fingerprint, (), facts)
     save_adapter(model, ADAPTER, folder / "adapter", stack)

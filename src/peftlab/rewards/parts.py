@@ -19,7 +19,7 @@ from ..errors import LabError, UserError
 RewardFunction = Callable[[Sequence[str], Sequence[str], Sequence[Any]], Any]
 
 
-PART_NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")  # it becomes a metric's name
+PART_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it becomes a metric's name
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Reward:
         named = given if isinstance(given, Mapping) else {part.name: given}
         result = {}
         for name, numbers in named.items():
-            if not PART_NAME.match(str(name)):
+            if not PART_NAME.fullmatch(str(name)):
                 raise LabError(f"reward part {name!r}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
             try:
                 values = torch.as_tensor(numbers, dtype=torch.float32).cpu()

@@ -3,7 +3,7 @@
     imdb-sentiment + 0.5*rubric:length + runs/mine/adapter + my_rewards:politeness
 
 A part is a sentiment classifier (its log-odds, normalised), a reward model (scaled as when it was trained), a part of
-the rubric, or a Python function, module:function.
+the rubric, or a Python function, module:function. A folder whose name has a + or a * in it stands between quotes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from .rubric import RUBRIC, Part, style
 from .sentiment import log_odds
 
 STYLE = "style"  # the part of the rubric that takes its patterns from the config
-_TERM = re.compile(r"\s*(?:([-\d.eE]+)\s*\*)?\s*(\S(?:.*\S)?)\s*")
+_TERM = re.compile(r"\s*(?:([-\d.eE]+)\s*\*)?\s*(?:(['\"])(.+)\2|([^\s*'\"](?:[^*'\"]*[^\s*'\"])?))\s*")
+_PIECE = re.compile(r"""((?:"[^"]*"|'[^']*'|[^+])*)(?:\+|$)""")
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,24 @@ class Term:
 def terms(spec: str) -> list[Term]:
     """The parts of a reward's line, in order; none of an empty one. Raises UserError for what is no such line."""
     found: list[Term] = []
-    for piece in spec.split("+") if spec.strip() else []:
+    for piece in _pieces(spec):
         match = _TERM.fullmatch(piece)
         try:
             weight = float(match[1]) if match and match[1] else 1.0
         except ValueError:
             weight = math.nan
-        if match is None or "*" in match[2] or not math.isfinite(weight):
+        if match is None or not math.isfinite(weight):
             raise UserError(
                 f"reward: {piece.strip()!r} is no part; write NAME or WEIGHT*NAME, joined by +, for example "
-                "imdb-sentiment + 0.5*rubric:length"
+                "imdb-sentiment + 0.5*rubric:length; quotes keep a name with + or * together"
             )
-        found.append(Term(weight, match[2]))
+        found.append(Term(weight, match[3] or match[4]))
     return found
+
+
+def _pieces(spec: str) -> list[str]:
+    """What the + outside quotes separate."""
+    return [match[1] for match in _PIECE.finditer(spec + "+")][:-1] if spec.strip() else []
 
 
 def reward_of(

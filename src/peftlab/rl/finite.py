@@ -21,4 +21,4 @@ def require_finite(step: int, rollout: Rollout, sites: dict[str, Tensor]) -> Non
 def require_finite_weights(step: int, weights: dict[str, Tensor]) -> None:
     """LabError where an update left NaN or infinity: Adam may overflow on gradients that are finite."""
     for name in not_finite(weights):
-        raise LabError(f"step {step}: its update made {name} NaN or infinite, and is not saved; lower lr")
+        raise LabError(f"step {step}: its update made {name} NaN or infinite; lower lr")

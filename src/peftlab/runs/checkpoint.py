@@ -32,14 +32,17 @@ def _files(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in names.items() if name != MANIFEST and not path.name.startswith(".")}
 
 
+def _flush(folder: Path) -> None:
+    """Makes all that lies below `folder` survive a power cut."""
+    for path in folder.rglob("*"):
+        (fsync_folder if path.is_dir() else fsync_file)(path)
+
+
 def write_manifest(folder: Path) -> None:
     """Flushes every file below `folder`, then writes manifest.json: the sha256 and size of each."""
-    listed = {}
-    for name, path in sorted(_files(folder).items()):
-        fsync_file(path)
-        listed[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-    for inner in [path for path in folder.rglob("*") if path.is_dir()]:
-        fsync_folder(inner)
+    _flush(folder)
+    files = sorted(_files(folder).items())
+    listed = {name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in files}
     write_json(folder / MANIFEST, {"schema_version": 1, "files": listed})
 
 
@@ -84,12 +87,12 @@ def _file_problems(name: str, path: Path, digest: str, size: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, marker: str = MANIFEST) -> Iterator[Path]:
     """A temporary sibling that takes the place of `folder` when the block ends well, and is removed when it fails.
 
-    A folder that is there already is replaced if it has a manifest; what else it may hold is not ours: LabError.
+    A folder that is there already is replaced if it has the file `marker`; what else it may hold is not ours: LabError.
     """
-    if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder / marker).is_file() and any(folder.iterdir()):
         raise LabError(f"{folder} holds other files; write into a folder that is empty or not there")
     staging, replaced = (folder.with_name(f"{mark}{folder.name}") for mark in (_STAGING, _REPLACED))
     _put_back(replaced, folder)
@@ -98,6 +101,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        _flush(staging)
         if folder.exists():
             folder.rename(replaced)
         staging.rename(folder)

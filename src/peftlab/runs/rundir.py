@@ -33,6 +33,7 @@ from .atomic import (
 )
 from .checkpoint import Checkpoint, CheckpointStore
 from .lock import LOCK, locked
+from .memory import full_memory
 from .metrics import metric
 from .signals import StopSignals
 from .summary import ended_runs, find_run, list_runs, outcome, read_environment, read_summary
@@ -242,7 +243,7 @@ class RunDir:
             if not self.finished:
                 self._open()
             try:
-                with full_disk(self.path):
+                with full_disk(self.path), full_memory(self.path / "config.toml"):
                     yield self
                 if self.summary is None:
                     raise LabError(f"recipe {self.recipe} ended without figures: it never called finish()")

@@ -47,6 +47,8 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.requested is not None:
+            if Progress.open:
+                os.write(2, b"\n")
             os._exit(128 + signum)
         self.request(signum)
         # os.write, since print inside a handler can meet its own buffer's lock.

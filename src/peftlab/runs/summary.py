@@ -10,6 +10,7 @@ from ..errors import UserError
 from .atomic import read_rows
 from .checkpoint import CheckpointStore
 from .lock import is_locked
+from .sanitize import sanitize
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def read_environment(path: Path) -> dict[str, Any]:
 
 
 def outcome(path: Path) -> dict[str, Any]:
-    """The summary of the run folder `path`, with its "started" time.
+    """The summary of the run folder `path`, with its "started" time; its texts are safe for a terminal.
 
     Where there is no summary, the figures are empty and the status is "running", or "killed" once no process
     holds the run.
@@ -56,7 +57,8 @@ def outcome(path: Path) -> dict[str, Any]:
         "started": str(environment.get("started", "")),
     }
     try:
-        return {**blank, "status": "?", "reason": None, **read_summary(path)}
+        found = {**blank, "status": "?", "reason": None, **read_summary(path)}
+        return {key: sanitize(value) if isinstance(value, str) else value for key, value in found.items()}
     except UserError:
         if is_locked(path):
             blank |= {"status": "running", "reason": None}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import TrainingArguments
 
 from ..config import Config
@@ -22,7 +22,8 @@ class TrainConfig(Config):
     lr: float = Field(5e-4, gt=0)
     epochs: float = Field(1.0, gt=0)
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0 = after the epochs")
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, description="rows of an optimizer step")
+    accumulate: int = Field(1, ge=1, description="parts of a batch, one after the other: less memory, the same step")
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     save_every: int = Field(0, ge=0)
@@ -30,6 +31,12 @@ class TrainConfig(Config):
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="skip: train without it, and record it in the run")
 
     _fields_exist = field_validator("columns")(known_fields)
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: {self.accumulate} equal parts do not make a batch_size of {self.batch_size}")
+        return self
 
 
 def total_steps(config: TrainConfig, rows: int) -> int:
@@ -48,7 +55,8 @@ def training_arguments(config: TrainConfig, rows: int, workers: int = 0) -> Trai
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // config.accumulate,
+        gradient_accumulation_steps=config.accumulate,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
         warmup_steps=int(config.warmup_fraction * steps),

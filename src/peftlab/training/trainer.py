@@ -2,6 +2,8 @@
 
 Trainer writes its checkpoint into a staging folder that the store hashes and renames, and of the model only what
 learns; it resumes from the newest verified one. A loss or gradient that is not finite stops it before the update.
+Where a batch comes in parts (gradient accumulation), each part's mean loss counts by its share of what the batch's
+loss is a mean over, so that the parts make the gradient of the whole.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..data.tokenize import IGNORED
 from ..errors import Interrupted, LabError
 from ..ops.finite import first_not_finite, not_finite
 from ..runs.checkpoint import CheckpointStore
@@ -60,6 +63,8 @@ class LabTrainer(Trainer):
             optimizers=(optimizer, None),
         )
         self.lengths, self.store, self.staging = list(lengths), store, ""
+        self.in_parts, self.counted = args.gradient_accumulation_steps > 1, 0
+        self.loss_is_scaled_for_ga = self.in_parts or None
         self.remove_callback(PrinterCallback)
         self.stopper = LabCallback(log, stop_requested, args.max_steps, self._check_updated)
         self.add_callback(self.stopper)
@@ -82,7 +87,8 @@ class LabTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         rows: Any = self.train_dataset
         passes = len(rows) // len(self.lengths)
-        return BucketSampler(self.lengths, self.args.per_device_train_batch_size, self.args.seed, passes=passes)
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return BucketSampler(self.lengths, batch, self.args.seed, passes=passes)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging
@@ -91,6 +97,18 @@ class LabTrainer(Trainer):
         with self.store.stage(self.state.global_step) as folder:
             self.staging = str(folder)
             super()._save_checkpoint(model, trial)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        parts, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self.in_parts:
+            return parts, items
+        self.counted = sum(map(_counted, parts))
+        return parts, None
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
+        share = _counted(inputs) / self.counted if self.in_parts else 1
+        loss: Any = super().compute_loss(model, inputs, *args, **options)
+        return loss * share if self.in_parts else loss
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -112,7 +130,8 @@ class LabTrainer(Trainer):
 
     def _rows_of_step(self) -> list[int]:
         """Numbers, from 0, of the training rows in the batch of the step under way."""
-        sampler, size = self._get_train_sampler(), self.args.train_batch_size * self.args.world_size
+        sampler = self._get_train_sampler()
+        size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         epoch, batch = divmod(self.state.global_step, -(-len(sampler) // size))
         sampler.set_epoch(epoch)
         return list(sampler)[batch * size : (batch + 1) * size]
@@ -174,6 +193,14 @@ class LabCallback(TrainerCallback):
         if found:
             self.write(found, state.global_step)
             self.progress.show(state.global_step, f"loss {found.get('train/loss', math.nan):.4f}")
+
+
+def _counted(batch: Mapping[str, torch.Tensor]) -> int:
+    """What the loss of a batch is a mean over: tokens with a label where each has one, else rows."""
+    labels = batch.get("labels")
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        return int((labels != IGNORED).sum())
+    return len(next(iter(batch.values())))
 
 
 def _inside(step_folder: Path) -> Path:
