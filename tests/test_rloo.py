@@ -23,6 +23,7 @@ from peftlab.models.backbone import Backbone, fingerprint
 from peftlab.models.roles import Roles
 from peftlab.ops.advantages import leave_one_out
 from peftlab.ops.kl import exact_kl
+from peftlab.ops.logprobs import entropy, token_logprobs
 from peftlab.ops.losses import rloo_policy_loss
 from peftlab.recipes import ppo, rloo
 from peftlab.recipes.launch import launch
@@ -60,7 +61,7 @@ REFERENCE = torch.tensor([[0.4, -0.2], [-0.5, 0.1]])  # logits of its two places
 class Bandit:
     """Stands for `Roles` and `Sampler`: a policy of four logits, which says what it is told to say."""
 
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2))
+    model, shared_head = SimpleNamespace(config=SimpleNamespace(vocab_size=2)), None
 
     def __init__(self) -> None:
         self.logits = torch.nn.Parameter(torch.tensor([[0.1, 0.6], [0.9, -0.4]]))
@@ -76,6 +77,13 @@ class Bandit:
     def reference(self, ids, mask, keep):
         return REFERENCE[:keep].expand(len(ids), -1, -1)
 
+    def policy_tokens(self, ids, mask, keep, temperature):
+        logits = self.policy(ids, mask, keep)
+        return token_logprobs(logits, ids[:, -keep:]), entropy(logits), self.values(ids, mask, keep)
+
+    def reference_logprobs(self, ids, mask, keep, temperature):
+        return token_logprobs(self.reference(ids, mask, keep), ids[:, -keep:])
+
     def values(self, ids, mask, keep):
         return torch.zeros(len(ids), keep)
 
@@ -88,7 +96,7 @@ class Bandit:
     def log_prob(self, said: tuple[int, ...]) -> torch.Tensor:
         return sum(self.logits[place].log_softmax(-1)[token] for place, token in enumerate(said))
 
-    def sample(self, prompts, seeds, decoding) -> Samples:
+    def sample(self, prompts, seeds, decoding, read) -> Samples:
         assert len(prompts) == len(self.said)
         width = max(map(len, self.said))
         ids = torch.tensor([[*said, *[0] * (width - len(said))] for said in self.said])

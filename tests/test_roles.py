@@ -69,8 +69,8 @@ def test_training_moves_adapters_and_nothing_else(roles):
         [*roles.policy_parameters().values(), *roles.critic_parameters().values()], lr=0.01, weight_decay=0.1
     )
     for _ in range(3):
-        logits, values = roles.policy_and_values(IDS, MASK, 3)
-        loss = -token_logprobs(logits, IDS[:, -3:]).mean() + (values - 1).square().mean()
+        logprobs, _, values = roles.policy_tokens(IDS, MASK, 3)
+        loss = -logprobs.mean() + (values - 1).square().mean()
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None for p in roles.policy_parameters().values())

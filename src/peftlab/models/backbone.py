@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..ops.masks import last_true, position_ids
 from .catalog import resolve
+from .quick import fuse_gelu, keep_freed_memory
 
 Task = Literal["causal", "classifier", "seq2seq"]
 # What a task needs: the kinds of model that serve it, and in words.
@@ -20,6 +23,8 @@ NEEDS: dict[Task, tuple[tuple[str, ...], str]] = {
     "classifier": (("causal", "encoder"), "an encoder or a causal language model, for example minilm-distilbert"),
     "seq2seq": (("seq2seq",), "an encoder-decoder, for example tiny-t5"),
 }
+# Left to its default, transformers asks at the terminal whether to run the code in a model's folder.
+CODELESS = {"trust_remote_code": False}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,25 +74,57 @@ def load_backbone(
     if entry.kind not in kinds:
         raise UserError(f"model {name}: is of kind {entry.kind}, but this job needs {needs}")
     source = str(entry.path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     auto: Any = {
         "causal": transformers.AutoModelForCausalLM,
         "classifier": transformers.AutoModelForSequenceClassification,
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
     }[task]
+    tokenizer = load_tokenizer(name, source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     options = {"num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id} if task == "classifier" else {}
-    with _quiet_loading():
-        model: Any = auto.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True, **options)
-    model.requires_grad_(False).eval()
+    with _readable(name, source), _quiet_loading():
+        model, told = auto.from_pretrained(
+            source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **CODELESS, **options
+        )
+    own = f"{model.base_model_prefix}." if task == "classifier" else ""  # a classifier's head is new
+    if missing := sorted(key for key in told["missing_keys"] if key.startswith(own)):
+        raise UserError(f"model {name}: the weights in {source} lack {missing[0]} ({len(missing)} missing); restore it")
+    fuse_gelu(model).requires_grad_(False).eval()
+    keep_freed_memory()
     return Backbone(name, model.to(pick_device(device)), tokenizer, fingerprint(trunk(model)))
 
 
+def load_tokenizer(name: str, source: str) -> Any:
+    """The tokenizer in the folder `source` of the model `name`."""
+    import transformers
+
+    with _readable(name, source):
+        return transformers.AutoTokenizer.from_pretrained(source, **CODELESS)
+
+
+@contextmanager
+def _readable(name: str, source: str) -> Iterator[None]:
+    """UserError for a folder that cannot be read; of a damaged one, transformers tells by errors of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        known = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise UserError(
+            f"model {name}: cannot be read from {source} ({known}); fetch it again, or use another; code that a model "
+            "brings is never run"
+        ) from error
+
+
 def trunk(model: nn.Module) -> nn.Module:
-    """The transformer under a task head (GPT2Model under GPT2LMHeadModel); a T5 has no name for it and is its own."""
-    name: Any = getattr(model, "base_model_prefix", None)
-    return getattr(model, name, model) if name else model
+    """The transformer under a task head (GPT2Model under GPT2LMHeadModel); a T5 has no name for it and is its own.
+
+    A PeftModel is asked for its base first: of a Llama-class one, `model` would be the whole model, head and all.
+    """
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base = unwrap() if unwrap else model  # the LoRA layers stay in it
+    name: Any = getattr(base, "base_model_prefix", None)
+    return getattr(base, name, base) if name else base
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -110,29 +147,49 @@ def causal_logits(model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int) 
     input_ids, mask: (B, T), padded on the left (on the right only behind the tokens of interest). Positions are
     explicit, so padding changes nothing.
     """
-    logits: Tensor = model(**_inputs(input_ids, mask), logits_to_keep=keep + 1).logits
-    return logits[:, :-1]
+    logits: Tensor = model(**_inputs(input_ids, mask), logits_to_keep=_before(input_ids, keep)).logits
+    return logits
 
 
 def causal_logits_and_states(
     model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int
 ) -> tuple[Tensor, Tensor]:
     """As `causal_logits`, with the final states (B, keep, D) that those logits are read from."""
-    output = model(**_inputs(input_ids, mask), logits_to_keep=keep + 1, output_hidden_states=True)
-    return output.logits[:, :-1], output.hidden_states[-1][:, -keep - 1 : -1]
+    output = model(**_inputs(input_ids, mask), logits_to_keep=_before(input_ids, keep), output_hidden_states=True)
+    return output.logits, output.hidden_states[-1][:, -keep - 1 : -1]
 
 
 def causal_states(model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int) -> Tensor:
-    """Only the final states (B, keep, D); skips the vocabulary projection of all positions but one."""
-    output = model(**_inputs(input_ids, mask), logits_to_keep=1, output_hidden_states=True)
-    states: Tensor = output.hidden_states[-1][:, -keep - 1 : -1]
-    return states
+    """Only the final states (B, keep, D): no logits are computed."""
+    states: Tensor = trunk(model)(**_inputs(input_ids, mask)).last_hidden_state
+    return states[:, -keep - 1 : -1]
+
+
+@torch.no_grad()
+def unembedding(model: Any) -> Tensor | None:
+    """The weight (V, D) by which `model` makes logits of its final states, where that product is all it does to them.
+
+    None for a head with a bias, and for a model that scales or caps its logits: it is asked, by a pass of two tokens.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return None
+    ids = torch.arange(2, device=head.weight.device).view(1, 2)
+    inputs = _inputs(ids, torch.ones_like(ids, dtype=torch.bool))
+    plain = torch.equal(model(**inputs).logits, head(trunk(model)(**inputs).last_hidden_state))
+    return head.weight if plain else None
 
 
 def last_states(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
     """The final state (B, D) at each row's last real token, whatever the padding side. No logits are computed."""
     states: Tensor = trunk(model)(**_inputs(input_ids, mask)).last_hidden_state
     return states[torch.arange(len(states), device=states.device), last_true(mask)]
+
+
+def _before(input_ids: Tensor, keep: int) -> Tensor:
+    """The positions that predict the last `keep` tokens."""
+    last = input_ids.shape[1] - 1
+    return torch.arange(last - keep, last, device=input_ids.device)
 
 
 def _inputs(input_ids: Tensor, mask: Tensor) -> dict[str, Any]:

@@ -14,8 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..ops.logprobs import entropy, state_logprobs, token_logprobs
 from .adapters import PolicyLora, activate, adapter_parameters, attach, load_adapter, lora_layers
-from .backbone import Backbone, causal_logits, causal_logits_and_states, causal_states, parameter_bytes
+from .backbone import (
+    Backbone,
+    causal_logits,
+    causal_logits_and_states,
+    causal_states,
+    parameter_bytes,
+    unembedding,
+)
 from .heads import ScalarHead
 from .reward_model import CriticStart
 
@@ -39,6 +47,7 @@ class Roles:
         self.tokenizer = backbone.tokenizer
         self.critic = critic
         self.twin = _twin(backbone.model)
+        self.unembedding = unembedding(backbone.model)
         self.model: Any = attach(backbone.model, lora, POLICY, base=backbone.name)
         if start is not None:
             load_adapter(self.model, start.folder, VALUE, backbone.fingerprint)
@@ -58,6 +67,11 @@ class Roles:
         device: torch.device = next(self.model.parameters()).device
         return device
 
+    @property
+    def shared_head(self) -> ScalarHead | None:
+        """The head that reads values off the policy's states, the sampler's copy of it included; None without one."""
+        return self.head if self.critic == "shared" else None
+
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         return adapter_parameters(self.model, POLICY)
 
@@ -67,13 +81,24 @@ class Roles:
         own = adapter_parameters(self.model, VALUE) if self.critic == "adapter" else {}
         return own | {f"value_head.{n}": p for n, p in self.head.named_parameters()}
 
-    def policy_and_values(self, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """Policy logits (B, keep, V) and values (B, keep) for the last `keep` tokens; V_t is read before token t."""
-        if self.critic == "shared" and self.head is not None:
-            activate(self.model, POLICY)
-            logits, states = causal_logits_and_states(self.model, ids, mask, keep)
-            return logits, self.head(states)
-        return self.policy(ids, mask, keep), self.values(ids, mask, keep)
+    def policy_tokens(
+        self, ids: Tensor, mask: Tensor, keep: int, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the last `keep` tokens, the policy's log-probabilities and entropies, 0 where the mask is False, and the
+        critic's values; V_t is read before token t. Each (B, keep), without logits where the head is a plain product.
+        """
+        activate(self.model, POLICY)
+        logprobs, entropies, states = self._read(ids, mask, keep, temperature)
+        head = self.shared_head
+        return logprobs, entropies, self.values(ids, mask, keep) if head is None else head(states)
+
+    @torch.no_grad()
+    def reference_logprobs(self, ids: Tensor, mask: Tensor, keep: int, temperature: float = 1.0) -> Tensor:
+        """The reference's log-probabilities (B, keep) of the last `keep` tokens, 0 where the mask is False."""
+        activate(self.model)
+        logprobs, _, _ = self._read(ids, mask, keep, temperature)
+        activate(self.model, POLICY)
+        return logprobs
 
     def policy(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
         """Policy logits (B, keep, V)."""
@@ -96,6 +121,20 @@ class Roles:
         logits = causal_logits(self.model, ids, mask, keep)
         activate(self.model, POLICY)
         return logits
+
+    def _read(self, ids: Tensor, mask: Tensor, keep: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, entropies and final states for the last `keep` tokens, with the adapters that are on."""
+        tokens, counted = ids[:, -keep:], mask[:, -keep:]
+        if self.unembedding is None:
+            logits, states = causal_logits_and_states(self.model, ids, mask, keep)
+            found = token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
+            logprobs, entropies = (part.masked_fill(~counted, 0.0) for part in found)
+            return logprobs, entropies, states
+        states = causal_states(self.model, ids, mask, keep)
+        found = state_logprobs(states[counted], self.unembedding, tokens[counted], temperature)
+        nothing = torch.zeros(counted.shape, device=ids.device)
+        logprobs, entropies = (nothing.masked_scatter(counted, part) for part in found)
+        return logprobs, entropies, states
 
     @torch.no_grad()
     def refresh(self, role: str | None = POLICY) -> None:

@@ -1,9 +1,19 @@
-"""Log-probabilities of chosen tokens, and entropies, from logits. Shapes: B rows, T positions, V vocabulary."""
+"""Log-probabilities of chosen tokens, and entropies: from logits, or from the states that logits are read from.
+
+Shapes: B rows, T positions, N tokens, D width of a state, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# Logits that are there at once: on a CPU its cache is to hold them.
+BLOCK = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -21,3 +31,62 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Shannon entropy in nats of softmax(logits / temperature). (..., V) -> (...), float32."""
     logp = F.log_softmax(logits.float() / temperature, -1)
     return -(logp.exp() * logp).sum(-1)
+
+
+def state_logprobs(
+    states: Tensor, head: Tensor, token_ids: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` and `entropy` of the logits states head^T, (N,) and (N,), float32; those are never all there.
+
+    states (N, D); head (V, D), which gets no gradient; token_ids (N,). The gradient in the states,
+
+        d log p(y) / d h = (W_y - sum_v p_v W_v) / temperature,
+
+    is made beside the value, from the same block of probabilities: nothing of size V is kept or computed again. The
+    entropies have none.
+    """
+    made: tuple[Tensor, Tensor] = _StateLogprobs.apply(states, head, token_ids, temperature)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _StateLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, head: Tensor, token_ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        learns = ctx.needs_input_grad[0]
+        rows = max(1, BLOCK[states.device.type] // len(head))
+        parts = [
+            _block(some, head, tokens, temperature, learns)
+            for some, tokens in zip(states.split(rows), token_ids.split(rows), strict=True)
+        ]
+        logprobs, entropies, slopes = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return gradient.unsqueeze(-1).to(slopes.dtype) * slopes, None, None, None
+
+
+def _block(
+    states: Tensor, head: Tensor, token_ids: Tensor, temperature: float, learns: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies, and d log p / d state where `learns`, of a few rows."""
+    logits = (states @ head.t()).float()
+    if temperature != 1.0:
+        logits /= temperature
+    logits -= logits.amax(-1, keepdim=True)
+    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    masses = logits.exp()
+    total = masses.sum(-1)
+    log_total = total.log()
+    masses /= total.unsqueeze(-1)
+    entropies = log_total - torch.linalg.vecdot(masses, logits)
+    if not learns:
+        return chosen - log_total, entropies, states[:, :0]
+    slopes = (head[token_ids] - masses.to(head.dtype) @ head) / temperature
+    return chosen - log_total, entropies, slopes

@@ -22,8 +22,8 @@ from ..models.roles import POLICY, Roles
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of, terms
 from ..rl.control import AdaptiveKL, FixedKL
-from ..rl.rollout import PromptBatch, Rollout
-from ..rl.trainer import PolicyTrainer, UpdateSettings, rows_per_pass
+from ..rl.rollout import PromptBatch, Rollout, rows_per_pass
+from ..rl.trainer import PolicyTrainer, UpdateSettings
 from ..runs.metrics import first_ratio_limit
 from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
@@ -188,17 +188,17 @@ def sizes(
     else:
         fitting = [config.prompt_tokens[1]] * len(prompts)
     completions = config.prompts_per_step * per_prompt
-    rows = rows_per_pass(max(fitting, default=1) + config.max_new_tokens)
-    rows = min(config.minibatch_size or completions, completions, rows)
+    device, logits = pick_device(config.device), config.max_new_tokens * backbone.model.config.vocab_size
+    rows = min(completions, rows_per_pass(device, max(fitting, default=1) + config.max_new_tokens, logits))
     return {
         "base": under.base,
-        "device": str(pick_device(config.device)),
+        "device": str(device),
         "bytes": roles.bytes_per_role(),
         "trained parameters": sum(p.numel() for p in (roles.policy_parameters() | roles.critic_parameters()).values()),
         "prompts": len(fitting),
         "rollouts": config.steps * completions,
         "tokens sampled": config.steps * completions * config.max_new_tokens,
-        "bytes of one pass's logits": rows * config.max_new_tokens * backbone.model.config.vocab_size * 4,
+        "bytes of one pass's logits": rows * logits * 4,
     }
 
 

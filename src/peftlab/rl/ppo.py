@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..ops.advantages import explained_variance, gae
-from ..ops.logprobs import token_logprobs
 from ..ops.losses import ppo_policy_loss, value_loss
 from ..ops.masks import masked_whiten
 from .finite import require_finite
-from .rollout import PromptBatch, Rollout, shaped_rewards
-from .trainer import Loss, PolicyTrainer, Stopwatch, UpdateSettings
+from .rollout import PromptBatch, Rollout, crop, shaped_rewards
+from .trainer import Loss, PolicyTrainer, Stopwatch, UpdateSettings, policy_stats
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,19 @@ class PPOTrainer(PolicyTrainer[PPOSettings]):
         return self.apply(stats)
 
     def _loss(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, critic_only: bool) -> Loss:
-        settings, mask = self.settings, rollout.completion_mask[rows]
-        tokens, old = rollout.completion_ids[rows], rollout.logprobs[rows]
-        logits, values = self.roles.policy_and_values(rollout.ids[rows], rollout.mask[rows], tokens.shape[1])
-        logprobs = token_logprobs(logits, tokens, self.decoding.temperature)
-        policy, clipped = ppo_policy_loss(logprobs, old, advantages[rows], mask, settings.clip)
-        value, value_clipped = value_loss(values, rollout.values[rows], returns[rows], mask, settings.value_clip)
+        settings, temperature = self.settings, self.decoding.temperature
+        ids, seen, keep = crop(rollout, rows)
+        mask, old, old_values, advantages, returns = (
+            tensor[rows, :keep]
+            for tensor in (rollout.completion_mask, rollout.logprobs, rollout.values, advantages, returns)
+        )
+        logprobs, entropies, values = self.roles.policy_tokens(ids, seen, keep, temperature)
+        policy, clipped = ppo_policy_loss(logprobs, old, advantages, mask, settings.clip)
+        value, value_clipped = value_loss(values, old_values, returns, mask, settings.value_clip)
         return settings.value_coef * value + (0.0 if critic_only else policy), {
             "policy/loss": policy,
             "policy/clip_fraction": clipped,
-            **self.policy_stats(old, logprobs, logits, mask),
+            **policy_stats(old, logprobs, entropies, mask),
             "value/loss": value,
             "value/clip_fraction": value_clipped,
         }

@@ -17,11 +17,10 @@ from typing import Literal
 from torch import Tensor
 
 from ..ops.advantages import leave_one_out
-from ..ops.logprobs import token_logprobs
 from ..ops.losses import rloo_policy_loss
 from .finite import require_finite
-from .rollout import PromptBatch, Rollout, shaped_rewards
-from .trainer import Loss, PolicyTrainer, Stopwatch, UpdateSettings
+from .rollout import PromptBatch, Rollout, crop, shaped_rewards
+from .trainer import Loss, PolicyTrainer, Stopwatch, UpdateSettings, policy_stats
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class RLOOTrainer(PolicyTrainer[RLOOSettings]):
         return self.apply(self.backward(rollout, rows, lambda part: self._loss(rollout, advantages, part)))
 
     def _loss(self, rollout: Rollout, advantages: Tensor, rows: Tensor) -> Loss:
-        settings, mask = self.settings, rollout.completion_mask[rows]
-        tokens, old = rollout.completion_ids[rows], rollout.logprobs[rows]
-        logits = self.roles.policy(rollout.ids[rows], rollout.mask[rows], tokens.shape[1])
-        logprobs = token_logprobs(logits, tokens, self.decoding.temperature)
+        settings, temperature = self.settings, self.decoding.temperature
+        ids, seen, keep = crop(rollout, rows)
+        mask, old = rollout.completion_mask[rows, :keep], rollout.logprobs[rows, :keep]
+        logprobs, entropies, _ = self.roles.policy_tokens(ids, seen, keep, temperature)
         length = self.decoding.max_new_tokens if settings.length_normaliser == "fixed" else None
-        loss, clipped = rloo_policy_loss(logprobs, old, advantages[rows], mask, settings.clip, length)
+        loss, clipped = rloo_policy_loss(logprobs, old, advantages[rows, :keep], mask, settings.clip, length)
         figures = {"policy/loss": loss, "policy/clip_fraction": clipped}
-        return loss, figures | self.policy_stats(old, logprobs, logits, mask)
+        return loss, figures | policy_stats(old, logprobs, entropies, mask)

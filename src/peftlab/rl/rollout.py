@@ -12,11 +12,13 @@ from torch import Tensor
 from ..errors import LabError
 from ..models.roles import Roles
 from ..ops.kl import exact_kl, k1, k2, k3
-from ..ops.logprobs import token_logprobs
 from ..ops.masks import masked_sum
 from ..sampling.sampler import Decoding, Sampler, Samples
 
-# Numbers in the logits of one scoring pass: beside them, temporaries of four times their size at most.
+# Prompt and completion tokens of one pass: with gradients, its activations are about 1.5 MB a token for smollm2-135m. A
+# CPU is as quick in shorter passes, whose rows are more alike in length.
+TOKENS_PER_PASS = {"cpu": 2**10, "cuda": 2**13, "mps": 2**13}
+# Numbers in the logits of one pass that needs them: beside them, temporaries of four times their size at most.
 LOGITS_PER_PASS = 2**27
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
 
@@ -96,7 +98,7 @@ def collect_rollout(
 
     `exact` asks for the exact KL as well, which costs a pass of the policy.
     """
-    samples = sampler.sample(prompts.token_ids, seeds, decoding)
+    samples = sampler.sample(prompts.token_ids, seeds, decoding, roles.shared_head)
     completions = sampler.texts(samples)
     scores, parts = reward(prompts.texts, completions, prompts.records)
     ref_logprobs, values, kl = _score_tokens(roles, samples, decoding.temperature, exact)
@@ -122,23 +124,49 @@ def _score_tokens(
     roles: Roles, samples: Samples, temperature: float, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities of the reference, values, and the exact KL if it is asked for, each (B, C)."""
-    keep, counted = samples.completion_ids.shape[1], samples.completion_mask
+    counted = samples.completion_mask
     logprobs, values, kl = torch.zeros(3, *counted.shape, device=counted.device).unbind()
-    for rows in _scoring_passes(roles, samples):
-        ids, mask = samples.ids[rows], samples.mask[rows]
-        reference = roles.reference(ids, mask, keep)
-        logprobs[rows] = token_logprobs(reference, samples.completion_ids[rows], temperature)
-        values[rows] = roles.values(ids, mask, keep)
+    everyone = torch.arange(len(counted), device=counted.device)
+    for rows in passes(samples, everyone, roles if exact else None):
+        ids, mask, keep = crop(samples, rows)
+        logprobs[rows, :keep] = roles.reference_logprobs(ids, mask, keep, temperature)
+        if samples.readings is None:
+            values[rows, :keep] = roles.values(ids, mask, keep)
         if exact:  # of the tempered distributions, as the estimates from sampled tokens are
-            kl[rows] = exact_kl(roles.policy(ids, mask, keep) / temperature, reference / temperature)
+            policy, reference = roles.policy(ids, mask, keep), roles.reference(ids, mask, keep)
+            kl[rows, :keep] = exact_kl(policy / temperature, reference / temperature)
+    if samples.readings is not None:
+        values = samples.readings
     return logprobs * counted, values * counted, kl * counted if exact else None
 
 
-def _scoring_passes(roles: Roles, rows: Samples | Rollout) -> Iterator[slice]:
-    """Rows that are scored together: logits of all would be gigabytes where the vocabulary is large."""
-    count, keep = rows.completion_ids.shape
-    size = max(1, LOGITS_PER_PASS // (keep * roles.model.config.vocab_size))
-    yield from (slice(start, start + size) for start in range(0, count, size))
+def rows_per_pass(device: torch.device, length: int, logits: int = 1) -> int:
+    """How many rows of `length` tokens, prompt and completion, go through the model together.
+
+    `logits`: numbers of a row's logits that are to be there at once.
+    """
+    return max(1, min(TOKENS_PER_PASS[device.type] // length, LOGITS_PER_PASS // logits))
+
+
+def passes(samples: Samples | Rollout, rows: Tensor, with_logits: Roles | None = None) -> Iterator[Tensor]:
+    """`rows` (N,) in groups that go through the model together, shortest first: rows of similar length waste least.
+
+    `with_logits`: whose logits are to be there at once; all rows' would be gigabytes where the vocabulary is large.
+    """
+    keep = samples.completion_ids.shape[1]
+    logits = 1 if with_logits is None else keep * with_logits.model.config.vocab_size
+    size = rows_per_pass(rows.device, samples.ids.shape[1], logits)
+    order = samples.mask[rows].sum(1).argsort(stable=True)
+    yield from rows[order].split(size)
+
+
+def crop(samples: Samples | Rollout, rows: Tensor) -> tuple[Tensor, Tensor, int]:
+    """ids and mask (N, P' + C') of `rows` (N,), less the columns that are padding in all of them, and C'."""
+    prompts, completions = samples.prompt_mask[rows], samples.completion_mask[rows]
+    before, keep = torch.stack([prompts.sum(1).max(), completions.sum(1).max()]).tolist()
+    start = prompts.shape[1] - before
+    columns = slice(start, prompts.shape[1] + keep)
+    return samples.ids[rows, columns], samples.mask[rows, columns], keep
 
 
 def shaped_rewards(rollout: Rollout, kl_coef: float, eos_penalty: float = 0.0) -> Tensor:
@@ -205,13 +233,14 @@ def first_step(roles: Roles, rollout: Rollout, temperature: float, ratio_limit: 
     first_kl: summed exact KL between adapters-on and adapters-off logits, the largest completion of the batch.
     first_ratio_error: max |exp(recomputed - sampled) - 1| over counted tokens.
     """
-    keep, largest = rollout.completion_ids.shape[1], torch.zeros(2, device=rollout.logprobs.device)
-    for rows in _scoring_passes(roles, rollout):
-        ids, mask, counted = rollout.ids[rows], rollout.mask[rows], rollout.completion_mask[rows]
-        policy = roles.policy(ids, mask, keep)
-        apart = masked_sum(exact_kl(policy, roles.reference(ids, mask, keep)), counted)
-        again = token_logprobs(policy, rollout.completion_ids[rows], temperature)
-        errors = torch.expm1(again - rollout.logprobs[rows]).abs() * counted
+    largest = torch.zeros(2, device=rollout.logprobs.device)
+    everyone = torch.arange(len(rollout.completions), device=largest.device)
+    for rows in passes(rollout, everyone, roles):
+        ids, mask, keep = crop(rollout, rows)
+        counted = rollout.completion_mask[rows, :keep]
+        apart = masked_sum(exact_kl(roles.policy(ids, mask, keep), roles.reference(ids, mask, keep)), counted)
+        again, _, _ = roles.policy_tokens(ids, mask, keep, temperature)
+        errors = torch.expm1(again - rollout.logprobs[rows, :keep]).abs() * counted
         largest = torch.maximum(largest, torch.stack([apart.abs().max(), errors.max()]))
     kl, error = largest.tolist()
     return FirstStep(kl, error, ratio_limit)

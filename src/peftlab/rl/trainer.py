@@ -13,21 +13,13 @@ from torch import Tensor, nn
 from ..errors import LabError
 from ..models.roles import Roles
 from ..ops.kl import k3
-from ..ops.logprobs import entropy
 from ..ops.masks import masked_mean
 from ..sampling.sampler import Decoding, Sampler
 from .control import AdaptiveKL, FixedKL
 from .finite import require_finite, require_finite_weights
-from .rollout import FirstStep, PromptBatch, Rollout, ScoreFunction, collect_rollout, describe, first_step
+from .rollout import FirstStep, PromptBatch, Rollout, ScoreFunction, collect_rollout, describe, first_step, passes
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # of some rows, with figures
-# Prompt and completion tokens of one pass with gradients: its activations are about 1.5 MB a token for smollm2-135m.
-TOKENS_PER_PASS = 2**13
-
-
-def rows_per_pass(length: int) -> int:
-    """How many rows of so many tokens, prompt and completion, go through the model together."""
-    return max(1, TOKENS_PER_PASS // length)
 
 
 @dataclass(frozen=True)
@@ -107,15 +99,32 @@ class PolicyTrainer(Generic[Settings]):
     def update(self, rollout: Rollout, minibatch: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
         """Epochs of `minibatch(rows)` over the rollout, and the means of what it returns.
 
-        They end early when the policy has moved `epoch_kl_stop` nats a token from where it sampled.
+        They end early when the policy has moved `epoch_kl_stop` nats a token from where it sampled. Where a number of
+        any minibatch is not finite, the weights are put back to what they were before the step: LabError.
         """
         self._schedule()
+        learned = [p for group in self.optimizer.param_groups for p in group["params"]]
+        before = [parameter.detach().clone() for parameter in learned]
+        try:
+            stats = self._epochs(rollout, minibatch)
+            require_finite_weights(self.steps_done + 1, self.roles.state())
+        except LabError as error:
+            with torch.no_grad():
+                for parameter, kept in zip(learned, before, strict=True):
+                    parameter.copy_(kept)
+            raise LabError(f"{error}; the weights are those before the step") from None
+        return stats
+
+    def _epochs(self, rollout: Rollout, minibatch: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
         totals: dict[str, float] = {}
         count, epochs = 0, 0
         for _ in range(self.settings.epochs):
             drift = 0.0
-            for rows in self._minibatches(len(rollout.completions)):
-                stats = minibatch(rows)
+            for number, rows in enumerate(self._minibatches(len(rollout.completions))):
+                try:
+                    stats = minibatch(rows)
+                except LabError as error:
+                    raise LabError(f"{error} in minibatch {number + 1} of epoch {epochs + 1}") from None
                 drift = max(drift, stats["policy/approx_kl"])
                 totals = {name: totals.get(name, 0.0) + value for name, value in stats.items()}
                 count += 1
@@ -129,13 +138,13 @@ class PolicyTrainer(Generic[Settings]):
     ) -> dict[str, Tensor]:
         """Gradients of a minibatch's loss, clipped together; `held` parameters get none. Returns its figures.
 
-        In passes of at most TOKENS_PER_PASS tokens. What `loss_of(rows)` gives are means, so that of each pass counts
+        In passes over rows of similar length. What `loss_of(rows)` gives are means, so that of each pass counts
         by its share of the minibatch.
         """
         self.optimizer.zero_grad(set_to_none=True)
         mask = rollout.completion_mask
         totals: dict[str, Tensor] = {}
-        for part in rows.split(rows_per_pass(rollout.ids.shape[1])):
+        for part in passes(rollout, rows):
             loss, figures = loss_of(part)
             tokens = mask[part].sum() / mask[rows].sum()
             share = len(part) / len(rows) if self.loss_per_completion else tokens
@@ -149,26 +158,18 @@ class PolicyTrainer(Generic[Settings]):
         norm = torch.nn.utils.clip_grad_norm_(trainable, self.settings.max_grad_norm)
         return totals | {"policy/grad_norm": norm}
 
-    def policy_stats(self, old: Tensor, logprobs: Tensor, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """How far the policy is from where it sampled, and how spread out."""
-        return {
-            "policy/approx_kl": masked_mean(k3(old, logprobs), mask),
-            "policy/entropy": masked_mean(entropy(logits.detach(), self.decoding.temperature), mask),
-        }
-
     def apply(self, stats: dict[str, Tensor]) -> dict[str, float]:
         """Moves the weights and returns `stats` as numbers; LabError, and no move, where one is not finite."""
         numbers = dict(zip(stats, torch.stack([s.detach().float() for s in stats.values()]).tolist(), strict=True))
         for name, number in numbers.items():
             if not abs(number) < float("inf"):
                 require_finite_weights(self.steps_done + 1, self.roles.state())  # an earlier minibatch's fault
-                raise LabError(f"step {self.steps_done + 1}: {name} is {number}; nothing of this step is saved")
+                raise LabError(f"step {self.steps_done + 1}: {name} is {number}")
         self.optimizer.step()
         return numbers
 
     def finish(self, rollout: Rollout) -> dict[str, float]:
         """Ends a step: the sampler gets the new policy, the controller the KL. Returns the rollout's metrics."""
-        require_finite_weights(self.steps_done + 1, self.roles.state())
         self.roles.refresh()
         stats = describe(rollout) | {"kl/coef": self.kl.coef}
         self.kl.update(stats["kl/reference"], len(rollout.completions))
@@ -208,6 +209,14 @@ class PolicyTrainer(Generic[Settings]):
         scale = warm * max(0.0, 1.0 - step / settings.total_steps)
         for group, lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = lr * scale
+
+
+def policy_stats(old: Tensor, logprobs: Tensor, entropies: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """How far the policy is from where it sampled, and how spread out."""
+    return {
+        "policy/approx_kl": masked_mean(k3(old, logprobs), mask),
+        "policy/entropy": masked_mean(entropies, mask),
+    }
 
 
 class Stopwatch:
