@@ -55,7 +55,7 @@ GOOD = [(page, line) for page, line, below in TYPED if not below.startswith("pef
 def parsed(line: str) -> tuple[str, dict]:
     """The verb and its parameters; an AssertionError where the verb, an option or an argument does not exist."""
     words, command = shlex.split(line, comments=True), GROUP
-    while hasattr(command, "commands"):
+    while hasattr(command, "commands") and (words or not command.invoke_without_command):
         verb = words.pop(0)
         assert verb in command.commands, f"{line}: no verb {verb}"
         command = command.commands[verb]
@@ -91,7 +91,7 @@ def test_a_command_in_a_code_block_can_be_typed(page, line):
 @pytest.mark.parametrize(("page", "line"), list(inline()))
 def test_a_command_in_running_text_names_a_verb(page, line):
     words, command = line.split(), GROUP
-    while hasattr(command, "commands"):
+    while words and hasattr(command, "commands"):
         command = command.commands[words.pop(0)]
     if words and not any(BLANK.match(word) for word in words):
         check(line)

@@ -1,18 +1,30 @@
-"""Verbs that show and check runs."""
+"""Verbs that show, compare, check, prune and share runs."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shared import RUNS, Device, Json, loading, print_rows, print_value, short
+from ..errors import UserError
+from .shared import RUNS, Device, Json, cell, loading, print_rows, print_value, short
 
 app = typer.Typer()
+runs_app = typer.Typer(help="List, compare and prune the runs below runs/.", invoke_without_command=True)
+app.add_typer(runs_app, name="runs")
 
 
-@app.command()
-def runs(as_json: Json = False) -> None:
+@runs_app.callback()
+def runs(context: typer.Context, as_json: Json = False) -> None:
+    """List, compare and prune the runs below runs/; without a verb: list."""
+    if context.invoked_subcommand is None:
+        runs_list(as_json)
+
+
+@runs_app.command("list")
+def runs_list(as_json: Json = False) -> None:
     """List the runs below runs/ and how they ended."""
     from ..runs.rundir import list_runs
 
@@ -21,6 +33,87 @@ def runs(as_json: Json = False) -> None:
     if not as_json:
         rows = [row | {"reason": short(row["reason"])} for row in rows]
     print_rows(rows, as_json)
+
+
+@runs_app.command("diff")
+def runs_diff(
+    a: Annotated[str, typer.Argument(help="a run's name below runs/, or its folder")],
+    b: Annotated[str, typer.Argument(help="another")],
+    as_json: Json = False,
+) -> None:
+    """Show the config keys in which two runs differ, and their figures beside each other."""
+    from ..runs.compare import diff_runs
+    from ..runs.rundir import find_run
+
+    found = diff_runs(find_run(RUNS, a), find_run(RUNS, b))
+    if as_json:
+        print_value(found, True)
+        return
+    for side, run in zip("ab", found["runs"], strict=True):
+        print(f"{side}: {run['run']}, {run['recipe']}, {run['status']}")
+    print()
+    print_rows([row | {side: short(cell(row[side]), 36) for side in "ab"} for row in found["config"]], False)
+    print()
+    print_rows(
+        [
+            {"metric": row["metric"], **{side: _with_interval(row[side], row[f"interval_{side}"]) for side in "ab"}}
+            for row in found["metrics"]
+        ],
+        False,
+    )
+
+
+@runs_app.command("prune")
+def runs_prune(
+    keep: Annotated[int, typer.Option(help="leave the newest so many of them alone")] = 0,
+    status: Annotated[
+        list[str] | None, typer.Option(help="whole runs that ended so: failed, stopped, killed or done")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would go; delete nothing")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete the checkpoints of runs that are done (`eval --checkpoint` reads them), or whole runs by --status.
+
+    What another run was trained on stays, and so does a run that a process works in.
+    """
+    from ..runs.prune import plan, remove
+
+    items = plan(RUNS, keep, status or [])
+    going = [item for item in items if not item.users]
+    size = sum(item.size for item in going)
+    rows = [
+        {
+            "run": item.run,
+            "status": item.status,
+            "what": "checkpoints" if item.checkpoints else "the run",
+            "bytes": item.size,
+            "stays_for": list(item.users),
+        }
+        for item in items
+    ]
+    if not as_json:
+        shown = zip(rows, items, strict=True)
+        print_rows(
+            [row | {"bytes": _bytes(item.size), "stays_for": ", ".join(item.users) or None} for row, item in shown],
+            False,
+        )
+    if going and not dry_run and not yes:
+        _ask(len(going), size, as_json)
+    for item in going if not dry_run else []:
+        remove(item)
+    if as_json:
+        print_value({"dry_run": dry_run, "items": rows, "bytes": size}, True)
+    elif going:
+        print(f"{'would free' if dry_run else 'freed'} {_bytes(size)}")
+
+
+def _ask(count: int, size: int, as_json: bool) -> None:
+    """Ends the verb where the person at the terminal says no; UserError where there is none to ask."""
+    if as_json or not sys.stdin.isatty():
+        raise UserError("runs prune: deletes nothing unasked; give --yes, or --dry-run to see what would go")
+    if not typer.confirm(f"delete {count} of them, {_bytes(size)}?", err=True):
+        raise typer.Exit
 
 
 @app.command()
@@ -48,6 +141,49 @@ def inspect(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="a run, adapter or model: a name or a folder")],
+    form: Annotated[str, typer.Option("--as", help="adapter, merged, hub-folder or gguf-ready")],
+    output: Annotated[Path, typer.Option(help="the folder to write, which is not there yet")],
+    as_json: Json = False,
+) -> None:
+    """Write what was trained as other programs read it; its logits are compared with the lab's own first.
+
+    adapter: one plain PEFT adapter for the original base. merged: a plain transformers model. hub-folder: the adapter,
+    or where there is none the model, with a model card. gguf-ready: merged, and the command that makes a GGUF of it.
+    """
+    loading()
+    from ..recipes.export import export as run_export
+
+    done = run_export(RUNS, source, form, output)
+    if as_json:
+        print_value(done, True)
+        return
+    parts = f" of {done['adapters']}" if (done["adapters"] or 1) > 1 else ""
+    print(
+        f"{done['folder']}: {done['holds']}{parts} on {done['base']}, {_bytes(done['bytes'])}; largest difference of "
+        f"a logit {done['largest_difference']:.1g}\n\n{done['load']}"
+    )
+    if done["next"]:
+        print(f"\nnext, beside a clone of llama.cpp:\n  {done['next']}")
+
+
+@app.command()
+def push(
+    source: Annotated[str, typer.Argument(help="a run, adapter or model: a name or a folder")],
+    repo_id: Annotated[str, typer.Argument(help="on the Hub: OWNER/NAME")],
+    public: Annotated[bool, typer.Option("--public", help="where it is new, for everyone to see")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload what `export --as hub-folder` writes to the Hugging Face Hub; a new repository is private."""
+    loading()
+    from ..recipes.export import push as run_push
+
+    done = run_push(RUNS, source, repo_id, public)
+    print_value(done, as_json)
+
+
+@app.command()
 def doctor(
     stack: Annotated[str, typer.Argument(help="a run, model or adapter to check")] = "tiny-gpt2",
     device: Device = "auto",
@@ -65,3 +201,12 @@ def doctor(
         print_rows([check | {"ok": "yes" if check["ok"] else "NO"} for check in findings["checks"]], False)
     if not all(check["ok"] for check in findings["checks"]):
         raise typer.Exit(1)
+
+
+def _with_interval(value: float | None, ends: list[float] | None) -> str:
+    return cell(value) + (f" ({' to '.join(map(cell, ends))})" if ends else "")
+
+
+def _bytes(size: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"

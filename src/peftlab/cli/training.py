@@ -11,6 +11,16 @@ from ..errors import UserError
 from .shared import RUNS, Json, Overrides, loading, print_plan, print_summary
 
 app = typer.Typer()
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress; what went wrong is still said")]
+
+
+def _begin(quiet: bool) -> None:
+    """Before the libraries load, which takes seconds."""
+    from ..runs.progress import Progress
+
+    Progress.quiet = quiet
+    if not quiet:
+        loading()
 
 
 def _training_verb(verb: str, summary: str) -> None:
@@ -23,9 +33,10 @@ def _training_verb(verb: str, summary: str) -> None:
         run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="continue the run from its newest checkpoint")] = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="show config and sizes; train nothing")] = False,
+        quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
-        loading()
+        _begin(quiet)
         from ..recipes.launch import dry_run as show
         from ..recipes.launch import launch
 
@@ -57,10 +68,11 @@ def demo(
     run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a demo that was stopped")] = False,
     full: Annotated[bool, typer.Option("--full", help="then explanations and summaries, too")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """The whole lab in minutes: classify, SFT, reward model, PPO, an independent judge, and a report."""
-    loading()
+    _begin(quiet)
     from ..recipes.demo import run_demo
 
     run_demo(RUNS, run, full=full, resume=resume, as_json=as_json)

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import Config, load_config, to_toml
 from ..errors import Interrupted, LabError, UserError
 from ..report import render
-from ..runs.progress import say
+from ..runs.progress import say, watched
 from ..runs.rundir import RunDir, ended_runs
 from . import load
 
@@ -40,7 +40,8 @@ def start(verb: str, config: Config, root: Path, name: str, resume: bool = False
     elif run.resumed:
         say(f"{name}: resuming this run")
     try:
-        summary: dict[str, Any] = load(verb).run(config, run)
+        with watched(name, run.path):
+            summary: dict[str, Any] = load(verb).run(config, run)
     except BaseException:
         with contextlib.suppress(LabError):  # on a full disk: the first error is the one to tell
             _report(run)

@@ -1,40 +1,87 @@
-"""Standard error while a job runs: one line of progress, and lines that do not run into it.
+"""Standard error while a job runs: how far it is, and lines that do not run into that.
 
-On a terminal the line of progress rewrites itself; elsewhere it comes every ten seconds and at the end.
+On a terminal a training run has a panel that redraws itself in place, any other job a line; elsewhere a line comes
+every ten seconds and at the end. No cursor is hidden and no mode is set, so whatever ends the process leaves the
+terminal whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
+
+from .panel import Panel
+from .sanitize import sanitize
 
 EVERY_S = 10.0
 
 
 class Progress:
-    """Shows on standard error how far a job of `total` steps is. `open`: a line on the terminal has no end yet."""
+    """Shows on standard error how far a job of `total` steps is; nothing where `quiet`.
+
+    `open`: what stands on the terminal is to be redrawn, a line without its end or the panel `drawn`, with the cursor
+    below it. `run`: name and folder of the run under way, which has a panel.
+    """
 
     open: ClassVar[bool] = False
+    quiet: ClassVar[bool] = False
+    drawn: ClassVar[str] = ""
+    run: ClassVar[tuple[str, Path] | None] = None
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.shown = time.monotonic()
+        self.panel = Panel(*Progress.run, total) if Progress.run else None
 
     def show(self, step: int, figures: str) -> None:
-        """`figures`: what to say of the step, for example "loss 3.41"."""
+        """`figures`: what to say of the step in a line, for example "loss 3.41"."""
         live, last = sys.stderr.isatty(), step >= self.total
-        if not live and not last and time.monotonic() - self.shown < EVERY_S:
+        if Progress.quiet or (not live and not last and time.monotonic() - self.shown < EVERY_S):
             return
         self.shown = time.monotonic()
+        if live and self.panel and (drawn := self.panel.render(step, sys.stderr)):
+            _write(_erased() + drawn)
+            Progress.open, Progress.drawn = True, drawn
+            return
         line = f"  step {step}/{self.total}  {figures}"
-        Progress.open = live and not last
-        print(f"\r{line:<79}" if live else line, end="" if Progress.open else "\n", file=sys.stderr, flush=True)
+        Progress.open, Progress.drawn = live and not last, ""
+        _write((f"\r{line:<79}" if live else line) + ("" if Progress.open else "\n"))
+
+
+@contextlib.contextmanager
+def watched(name: str, folder: Path) -> Iterator[None]:
+    """Gives the run `name` in `folder` a panel on a terminal while the block runs; the last one drawn stays."""
+    Progress.run = name, folder
+    try:
+        yield
+    finally:
+        if Progress.open and not Progress.drawn:  # a run that ends before its last step leaves a line without its end
+            _write("\n")
+        Progress.open, Progress.drawn = False, ""
+        Progress.run = None
 
 
 def say(message: str) -> None:
-    """A line on standard error of its own, below the progress that stands there."""
+    """A line on standard error of its own, safe for a terminal: above a panel, below a line of progress."""
+    if Progress.open and Progress.drawn:
+        _write(f"{_erased()}{sanitize(message)}\n{Progress.drawn}")
+        return
     if Progress.open:
-        print(file=sys.stderr)
+        _write("\n")
         Progress.open = False
-    print(message, file=sys.stderr, flush=True)
+    _write(f"{sanitize(message)}\n")
+
+
+def _erased() -> str:
+    """What takes the panel off the terminal: up to its first line, and all below is cleared (ECMA-48: CUU, ED)."""
+    lines = Progress.drawn.count("\n") if Progress.open else 0
+    return f"\x1b[{lines}A\x1b[J" if lines else ""
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

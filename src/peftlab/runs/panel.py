@@ -1,0 +1,131 @@
+"""A run on a terminal while it trains: steps, time left, figures beside their healthy range, one sample.
+
+What is shown is read from the run's own logs, so every recipe that logs is shown, and nothing has to tell of itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from .metrics import METRICS, Metric, healthy_text
+from .sanitize import sanitize
+
+# What a person watches, in this order; of a run those are shown that it logs.
+FIGURES = (
+    "reward/mean", "reward/group_std", "kl/reference", "policy/entropy", "policy/approx_kl", "policy/clip_fraction",
+    "value/explained_variance", "rollout/length", "train/loss", "train/pair_accuracy", "train/reward_margin",
+    "train/grad_norm", "train/lr",
+)  # fmt: skip
+WIDEST, LEAST_HEIGHT = 100, 18  # columns; and lines of a terminal, below which a panel would scroll off it
+MOST_BYTES = 1 << 20  # of the end of rollouts.jsonl, which is read for a sample
+MOST_CHARACTERS = 240  # of a sample
+
+
+class Panel:
+    """What is known of a run of `total` steps whose logs are in `folder`."""
+
+    def __init__(self, name: str, folder: Path, total: int) -> None:
+        self.name, self.folder, self.total = name, folder, total
+        self.began = time.monotonic()
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self._read = 0
+        self._shown: tuple[int, float] | None = None  # first step that was shown, and when
+
+    def render(self, step: int, file: TextIO) -> str | None:
+        """The panel after `step`, for the terminal that `file` is; None where that is too low or knows no cursor."""
+        from rich.console import Console
+
+        console = Console(file=file, highlight=False)
+        if console.is_dumb_terminal or console.height < LEAST_HEIGHT:
+            return None
+        console.width = min(console.width, WIDEST)
+        self._follow()
+        with console.capture() as captured:
+            console.print(self._box(step))
+        return captured.get()
+
+    def _follow(self) -> None:
+        """Reads the rows that metrics.jsonl has won; what follows its last line's end is still being written."""
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as log:
+                log.seek(self._read)
+                whole = log.read().rpartition(b"\n")[0]
+        except OSError:
+            return
+        self._read += len(whole) + bool(whole)
+        for line in whole.splitlines():
+            figures = {name: value for name, value in json.loads(line).items() if isinstance(value, int | float)}
+            self.first = figures | self.first
+            self.last |= figures
+
+    def _box(self, step: int) -> Any:
+        from rich.box import ROUNDED
+        from rich.console import Group
+        from rich.panel import Panel as Box
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        bar = Table.grid(padding=(0, 2))
+        times = Text(f"{100 * step // max(1, self.total)}%  {self._times(step)}")
+        bar.add_row(ProgressBar(total=max(1, self.total), completed=step, width=24), times)
+        table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
+        for column in ("", "now", "first", "wanted", ""):
+            table.add_column(column, justify="right" if column in ("now", "first") else "left", no_wrap=True)
+        for entry in (METRICS[name] for name in FIGURES if name in self.last):
+            now, first = self.last[entry.name], self.first[entry.name]
+            words, style = _verdict(entry, now)
+            wanted = healthy_text(entry) or entry.better or ""
+            table.add_row(entry.name, f"{now:.4g}", f"{first:.4g}", wanted, Text(words, style))
+        sample = self._sample()
+        parts: list[Any] = [bar, Text(), table, *([Text(), Text(sample, overflow="fold")] if sample else [])]
+        title = Text(f" {self.name}: step {step} of {self.total} ", "bold")
+        return Box(Group(*parts), title=title, title_align="left", box=ROUNDED, padding=(0, 1))
+
+    def _times(self, step: int) -> str:
+        """How long it has trained, and how long it will by the steps since the first that was shown."""
+        now = time.monotonic()
+        if self._shown is None:
+            self._shown = step, now
+        since, then = self._shown
+        gone = f"{_clock(now - self.began)} so far"
+        if step >= self.total:
+            return f"{gone}; then the evaluation"
+        if step == since:
+            return gone
+        return f"{gone}, about {_clock((self.total - step) * (now - then) / (step - since))} left"
+
+    def _sample(self) -> str:
+        """The last rollout that was recorded, in one line; empty where there is none."""
+        try:
+            with (self.folder / "rollouts.jsonl").open("rb") as log:
+                log.seek(max(0, log.seek(0, 2) - MOST_BYTES))
+                row = json.loads(log.read().rpartition(b"\n")[0].rpartition(b"\n")[2])
+            asked, said = (_line(str(row[key])) for key in ("prompt", "completion"))
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        if len(asked) > MOST_CHARACTERS // 2:
+            asked = f"... {asked[-MOST_CHARACTERS // 2 :]}"
+        return f"step {row.get('step')}: {asked} -> {said[: MOST_CHARACTERS - len(asked)]}"
+
+
+def _verdict(entry: Metric, value: float) -> tuple[str, str]:
+    """Whether a figure is where it should lie, in a word and a style; empty where the field has no range."""
+    if entry.healthy is None:
+        return "", ""
+    low, high = entry.healthy
+    inside = (low is None or value >= low) and (high is None or value <= high)
+    return ("ok", "green") if inside else ("OUTSIDE", "bold red")
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _line(text: str) -> str:
+    return " ".join(sanitize(text).split())

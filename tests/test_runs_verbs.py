@@ -1,0 +1,270 @@
+"""`peftlab runs`: list, diff and prune; and what a terminal shows of a run while it trains."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fake_runs
+import pytest
+from commands import peftlab
+
+from peftlab.cli import runs as verbs
+from peftlab.runs.atomic import append_rows
+from peftlab.runs.lock import locked
+from peftlab.runs.panel import Panel
+from peftlab.runs.progress import Progress, say, watched
+from peftlab.runs.rundir import RunDir
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """runs/ with `base`, a `policy` on it, and two that failed, of which `tried` stands on `broken`."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "runs"
+    make(root, "base")
+    make(root, "broken", error=True)
+    make(root, "tried", model="runs/broken", error=True)
+    make(root, "policy", model="runs/base/adapter", reward="0.5*runs/tried/adapter + rubric:length")
+    return root
+
+
+def make(root: Path, name: str, error: bool = False, **keys: object) -> RunDir:
+    """A run with a checkpoint and an adapter, with these keys in its config."""
+    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in {"recipe": "sft", "lr": 0.1, **keys}.items())
+    run = RunDir.create(root, name, "sft", f"{text}\n[lora]\nr = {len(name)}\n")
+    try:
+        with run.session():
+            run.log({"train/loss": 2.0}, 1)
+            with run.checkpoints.stage(1) as folder:
+                (folder / "state").write_bytes(b"x" * 1000)
+            (run.path / "adapter").mkdir()
+            if error:
+                raise RuntimeError("no")
+            run.finish({"eval/perplexity": 60.0 + len(name)}, {}, {"eval/perplexity": (60.0, 70.0)})
+    except RuntimeError:
+        pass
+    return run
+
+
+def there(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+def test_runs_lists_with_and_without_its_verb(here):
+    plain, named = peftlab("runs"), peftlab("runs list")
+    assert plain.code == named.code == 0 and plain.out == named.out and "policy" in plain.out
+    assert json.loads(peftlab("runs --json").out) == json.loads(peftlab("runs list --json").out)
+
+
+def test_diff_shows_the_keys_that_differ_and_the_figures(here):
+    found = json.loads(peftlab("runs diff base policy --json").out)
+    keys = {row["key"]: (row["a"], row["b"]) for row in found["config"]}
+    assert keys == {
+        "lora.r": (4, 6),
+        "model": (None, "runs/base/adapter"),
+        "reward": (None, "0.5*runs/tried/adapter + rubric:length"),
+    }
+    row = {"metric": "eval/perplexity", "a": 64.0, "b": 66.0, "interval_a": [60.0, 70.0], "interval_b": [60.0, 70.0]}
+    assert row in found["metrics"]
+    shown = peftlab("runs diff base policy").out
+    assert "64 (60 to 70)" in shown and "recipe" not in shown and max(map(len, shown.splitlines())) <= 80
+    same = json.loads(peftlab("runs diff base base --json").out)
+    assert same["config"] == [] and same["metrics"][0]["a"] == same["metrics"][0]["b"]
+    assert "no run 'nowhere'" in peftlab("runs diff base nowhere").err
+
+
+def test_prune_takes_the_checkpoints_of_runs_that_are_done(here):
+    """The newest stays with --keep; adapters and runs stay, and those that can be resumed keep theirs."""
+    told = json.loads(peftlab("runs prune --dry-run --json").out)
+    assert [item["run"] for item in told["items"]] == ["base", "policy"] and told["bytes"] > 2000
+    assert (here / "base" / "checkpoints").is_dir()
+    assert peftlab("runs prune --keep 1 --yes").code == 0
+    kept = {run: (here / run / "checkpoints").is_dir() for run in there(here)}
+    assert kept == {"base": False, "policy": True, "broken": True, "tried": True}
+    assert (here / "base" / "adapter").is_dir() and json.loads(peftlab("runs --json").out)[0]["status"] == "done"
+    assert json.loads(peftlab("runs prune --yes --json").out)["items"][0]["run"] == "policy"
+
+
+def test_prune_keeps_what_a_run_that_stays_stands_on(here):
+    """`policy` was rewarded by `tried`, which was trained on `broken`: both stay, and it is said for whom."""
+    shown = peftlab("runs prune --status failed --yes").out
+    assert re.search(r"broken .*tried", shown) and re.search(r"tried .*policy", shown)
+    assert there(here) == {"base", "policy", "broken", "tried"}
+    told = json.loads(peftlab("runs prune --status failed --status done --yes --json").out)
+    assert all(not item["stays_for"] for item in told["items"]) and there(here) == set()
+
+
+def test_prune_leaves_a_run_alone_that_a_process_works_in(here):
+    with locked(here / "base"):
+        outcome = peftlab("runs prune --yes")
+    assert outcome.code == 2 and "is in use" in outcome.err and (here / "base" / "checkpoints").is_dir()
+    assert (here / "policy" / "checkpoints").is_dir()
+
+
+def test_prune_asks_first(here, monkeypatch):
+    outcome = peftlab("runs prune")
+    assert outcome.code == 2 and "--yes" in outcome.err and (here / "base" / "checkpoints").is_dir()
+    for answer, stays in (("n\n", True), ("y\n", False)):
+        monkeypatch.setattr(sys, "stdin", Screen(answer))
+        assert peftlab("runs prune").code == 0
+        assert (here / "base" / "checkpoints").is_dir() is stays
+
+
+@pytest.mark.parametrize("words", ["--status lost", "--keep -1"])
+def test_prune_names_what_it_does_not_know(here, words):
+    outcome = peftlab(f"runs prune {words} --yes")
+    assert outcome.code == 2 and words.split()[0] in outcome.err
+
+
+def test_what_a_killed_prune_left_is_no_run_and_goes_with_the_next(here, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr("peftlab.runs.prune.shutil.rmtree", lambda *_, **__: None)
+        peftlab("runs prune --status done --yes")
+    assert len(there(here)) == 4
+    assert [run["run"] for run in json.loads(peftlab("runs --json").out)] == ["broken", "tried"]
+    peftlab("runs prune --status failed --yes")
+    assert there(here) == set()
+
+
+def test_stages_go_with_their_demo(here):
+    for name in ("demo", "demo/sft"):
+        make(here, name, error=name == "demo")
+    told = json.loads(peftlab("runs prune --status failed --status done --json --dry-run").out)
+    assert {item["run"] for item in told["items"]} == {"base", "policy", "broken", "tried", "demo"}
+    assert "demo/sft" in {item["run"] for item in json.loads(peftlab("runs prune --json --dry-run").out)["items"]}
+
+
+def test_sizes_are_in_their_unit():
+    assert [verbs._bytes(size) for size in (20, 3.2e6, 1.44e9)] == ["0.0 kB", "3.2 MB", "1.4 GB"]
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns that keeps what was written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> Callable[..., Screen]:
+    """Makes standard error one; called in the test, since pytest puts its own there before each phase."""
+
+    def made(**names: str) -> Screen:
+        found = Screen()
+        monkeypatch.setattr(sys, "stderr", found)
+        for key, value in ({"COLUMNS": "80", "LINES": "30", "TERM": "xterm", "NO_COLOR": "1"} | names).items():
+            monkeypatch.setenv(key, value)
+        return found
+
+    return made
+
+
+def after(text: str) -> list[str]:
+    """The lines that stand on a terminal after `text`: it knows how to go up and to clear below."""
+    lines, row = [""], 0
+    for piece in re.split(r"(\x1b\[\d*[AJ]|\n)", re.sub(r"\x1b\[[0-9;]*m", "", text)):
+        if piece == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif piece.endswith("A") and piece.startswith("\x1b"):
+            row -= int(piece[2:-1])
+        elif piece == "\x1b[J":
+            del lines[row + 1 :]
+            lines[row] = ""
+        else:
+            lines[row] += piece
+    return lines
+
+
+def rows(run: RunDir, step: int) -> None:
+    figures = {"reward/mean": step / 2, "policy/clip_fraction": 0.41, "policy/approx_kl": 0.001, "time/step_s": 2.0}
+    run.log(figures, step)
+
+
+def test_a_panel_shows_figures_ranges_and_a_sample(tmp_path, terminal):
+    screen, run = terminal(), RunDir.create(tmp_path, "ppo", "ppo", fake_runs.PPO_CONFIG)
+    hostile = "\x1b]0;owned\x07\x1b[2J\u202eevil [bold]x[/foo]\nline"
+    with watched("ppo", run.path):
+        progress = Progress(4)
+        for step in (1, 2):
+            rows(run, step)
+            append_rows(run.path / "rollouts.jsonl", [{"step": step, "prompt": "This film", "completion": hostile}])
+            progress.show(step, "reward 1")
+        say("a word between")
+        rows(run, 3)
+        progress.show(3, "reward 1")
+    say("done")
+    lines = after(screen.getvalue())
+    shown = "\n".join(lines)
+    assert "ppo: step 3 of 4" in shown and "step 1 of 4" not in shown and "75%" in shown
+    assert re.search(r"reward/mean +1.5 +0.5 +higher", shown)
+    assert re.search(r"policy/clip_fraction +0.41 +0.41 +0 to 0.3 +OUTSIDE", shown)
+    assert re.search(r"policy/approx_kl +0.001 +0.001 +0 to 0.02 +ok", shown) and "time/step_s" not in shown
+    assert "step 2: This film -> evil [bold]x[/foo] line" in shown and "owned" not in shown
+    assert lines.index("a word between") < lines.index("done"), "the panel stands below what was said in between"
+    assert lines[lines.index("a word between") + 1].startswith("╭") and lines[-2:] == ["done", ""]
+    assert {len(line) for line in lines if line.startswith(("│", "╭", "╰"))} == {80}
+    used = set(re.findall(r"\x1b\[([\d;?]*[A-Za-z])", screen.getvalue()))
+    assert {one[-1] for one in used} <= {"A", "J", "m"}, "no cursor is hidden, no mode is set"
+    assert "\u202e" not in screen.getvalue() and "left" in shown
+
+
+def test_a_stop_is_told_below_the_panel(tmp_path, terminal):
+    """What the handler of signals writes goes round us: the next panel leaves it where it stands."""
+    screen, run = terminal(), RunDir.create(tmp_path, "ppo", "ppo", fake_runs.PPO_CONFIG)
+    with watched("ppo", run.path):
+        progress = Progress(4)
+        progress.show(1, "")
+        Progress.open = False
+        screen.write("\nstopping\n")
+        progress.show(2, "")
+    lines = after(screen.getvalue())
+    assert lines.index("stopping") < next(i for i, line in enumerate(lines) if "step 2 of 4" in line)
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("LINES", "10")])
+def test_a_terminal_that_holds_no_panel_has_a_line(tmp_path, terminal, name, value):
+    screen = terminal(**{name: value})
+    with watched("ppo", tmp_path):
+        progress = Progress(2)
+        progress.show(1, "loss 3")
+        progress.show(2, "loss 2")
+    assert screen.getvalue().split("\r")[1:] == [f"{'  step 1/2  loss 3':<79}", f"{'  step 2/2  loss 2':<79}\n"]
+
+
+def test_quiet_shows_nothing_and_a_pipe_gets_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with watched("ppo", tmp_path):
+        Progress(2).show(2, "loss 2")
+        assert sys.stderr.getvalue() == "  step 2/2  loss 2\n"
+        monkeypatch.setattr(Progress, "quiet", True)
+        Progress(2).show(2, "loss 2")
+        say("what went wrong")
+    assert sys.stderr.getvalue() == "  step 2/2  loss 2\nwhat went wrong\n"
+
+
+def test_a_panel_reads_only_whole_rows_and_survives_their_absence(tmp_path, terminal):
+    screen, panel = terminal(), Panel("x", tmp_path, 10)
+    assert "step 1 of 10" in (panel.render(1, screen) or "")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 4.5}\n{"step": 2, "train/lo')
+    (tmp_path / "rollouts.jsonl").write_text('{"step": 1, "prompt"')
+    assert "4.5" in (panel.render(2, screen) or "")
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('ss": 3.25}\n')
+    shown = panel.render(3, screen) or ""
+    assert re.search(r"train/loss +3.25 +4.5", shown)
+
+
+def test_quiet_is_an_option_of_the_verbs_that_train(monkeypatch):
+    summary = {"run": "x", "status": "done", "metrics": {}, "baseline": {}, "intervals": {}, "time": {"wall_s": 1}}
+    seen = []
+    monkeypatch.setattr("peftlab.recipes.launch.launch", lambda *_: seen.append(Progress.quiet) or summary)
+    monkeypatch.setattr(Progress, "quiet", False)
+    for words in ("sft --quiet", "ppo", "reward --quiet --json"):
+        assert peftlab(words).code == 0
+    assert seen == [True, False, True]
