@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ..errors import Interrupted, LabError, UserError
-from . import data, runs, training, use
+from . import chat, data, runs, serve, training, use
 
 app = typer.Typer(
     name="peftlab",
@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _group in (training, data, use, runs):  # the order of `peftlab --help`
+for _group in (training, data, use, chat, serve, runs):  # the order of `peftlab --help`
     app.add_typer(_group.app)
 
 

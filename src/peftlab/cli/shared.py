@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runs.sanitize import sanitize
+
 RUNS = Path("runs")
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the config")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
@@ -90,4 +92,4 @@ def cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{k} {cell(v)}" for k, v in value.items())
-    return str(value)
+    return sanitize(str(value))

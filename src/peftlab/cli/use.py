@@ -111,20 +111,6 @@ def evaluate(
 
 
 @app.command()
-def chat(
-    stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")] = "smollm2-135m",
-    system: Annotated[str, typer.Option(help="system text, where the model's template has one")] = "",
-    seed: int = 0,
-    device: Device = "auto",
-) -> None:
-    """Talk with a model or an adapter; /help lists what you can do there."""
-    loading()
-    from ..recipes.tools import open_chat
-
-    open_chat(stack, system, seed, device).run()
-
-
-@app.command()
 def label(
     prefs: Annotated[Path, typer.Argument(help="JSONL rows with prompt, chosen and rejected")],
     output: Annotated[Path | None, typer.Option(help="journal of the choices; default: PREFS.labels.jsonl")] = None,

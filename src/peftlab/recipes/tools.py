@@ -1,4 +1,4 @@
-"""Small verbs: pull, models, generate, chat."""
+"""Small verbs: pull, models, generate."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..chat.session import Session
-from ..chat.terminal import Terminal
 from ..data.sources import load_records
 from ..errors import UserError
 from ..models.adapters import load_stack
@@ -63,11 +61,6 @@ def load_sampler(name: str, device: str, dtype: str = "float32") -> Sampler:
     if stack.kind != "causal":
         raise UserError(f"{name}: is a {stack.kind}, which cannot continue text; try `peftlab predict {name}`")
     return Sampler(backbone.model, backbone.tokenizer)
-
-
-def open_chat(stack: str, system: str, seed: int, device: str) -> Terminal:
-    """A chat at the terminal."""
-    return Terminal(Session(load_sampler(stack, device), system=system, seed=seed), model=stack)
 
 
 def _imdb_folder() -> Path:
