@@ -26,6 +26,8 @@ comma := ,
 UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
 export UV_FIND_LINKS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# uv compiles nothing, and some images tell Python to keep nothing compiled: each start would then take three times as long.
+export PYTHONDONTWRITEBYTECODE :=
 
 UV_INSTALL := $(BIN)/uv pip install --python $(BIN)/python
 PIP_INSTALL := $(BIN)/python -m pip install
@@ -44,8 +46,8 @@ demo: $(STAMP)  ## the whole lab on a tiny model: classify, SFT, reward model, P
 demo-full: $(STAMP)  ## the same, then explanations and summaries
 	@$(BIN)/peftlab demo --full
 
-test: $(STAMP)  ## the tests
-	@$(BIN)/python -m pytest
+test: $(STAMP)  ## the tests, a process for each core up to four
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## ruff
 	@$(BIN)/ruff check
@@ -56,7 +58,7 @@ types: $(STAMP)  ## mypy, strict in ops, rl and sampling
 bench: $(STAMP)  ## speed and memory, one JSON line a row (PEER=--peer: beside TRL and generate)
 	@set -eu; for program in decode ppo_step memory; do \
 	echo "$$program" >&2; $(BIN)/python benchmarks/$$program.py $(PEER); done; \
-	for program in train_step data_check; do echo "$$program" >&2; $(BIN)/python benchmarks/$$program.py; done
+	for program in train_step data_check serve; do echo "$$program" >&2; $(BIN)/python benchmarks/$$program.py; done
 
 clean:  ## removes .venv, caches and runs/
 	rm -rf .venv runs build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -94,6 +96,7 @@ $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml Makefile
 	$$install --no-deps -r requirements.lock; \
 	if [ -z "$(TORCH_BACKEND)" ] && $(BIN)/python -c "$$WANTS_CUDA"; then $$install --no-deps -r requirements-cuda.lock; fi; \
 	$$install -q --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import datasets, peft; from transformers import Trainer'
 	@touch $@
 
 # Does the torch that got installed name CUDA's packages among its own requirements?

@@ -19,7 +19,8 @@ from peftlab.errors import UserError
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty cache."""
+    """An empty cache, and no folder of wheels."""
+    monkeypatch.delenv("PEFTLAB_WHEELS", raising=False)
     monkeypatch.setenv("PEFTLAB_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 

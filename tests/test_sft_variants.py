@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from peftlab.chat.session import Session
+from peftlab.chat.voices import Voice
 from peftlab.data.explanations import answer_of
 from peftlab.data.records import Conversation, Message
 from peftlab.data.tokenize import IGNORED
@@ -79,7 +80,7 @@ def test_conversations_with_a_model_of_no_template(shop):
                     "lora.r=16", "lora.alpha=32")
     backbone, stack = load_stack(str(folder), device="cpu")
     assert stack.extra["chat_template"] == "plain"
-    session = Session(Sampler(backbone.model, backbone.tokenizer), Decoding(max_new_tokens=12, temperature=0.0))
+    session = Session(Voice.of(Sampler(backbone.model, backbone.tokenizer)), Decoding(12, temperature=0.0))
     for question, answer in ANSWERS.items():
         session.clear()
         assert "".join(session.reply(question)) == answer
