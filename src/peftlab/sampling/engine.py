@@ -23,19 +23,29 @@ from ..ops.masks import position_ids
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-class Step(Protocol):
-    """Logits (B, V) of the next token from tokens and positions (B,); `attend` knows what came before."""
+class Step:
+    """Reads tokens at positions (B,) of a model with a `body` and a `head`; `attend` knows what came before."""
 
-    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor: ...
+    body: Any
+    head: Any
+
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Logits (B, V) of the next token."""
+        logits: Tensor = self.head(self.states(tokens, positions, attend))
+        return logits
+
+    def states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The final states (B, width) that those logits are read from."""
+        raise NotImplementedError
 
 
-class Gpt2Step:
+class Gpt2Step(Step):
     """GPT2LMHeadModel."""
 
     def __init__(self, model: Any) -> None:
         self.body, self.head = model.transformer, model.lm_head
 
-    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         body = self.body
         x = body.wte(tokens) + body.wpe(positions)
         for layer, block in enumerate(body.h):
@@ -44,17 +54,17 @@ class Gpt2Step:
             query, key, value = (part.view(len(x), -1, own.head_dim) for part in parts)
             x = x + own.c_proj(attend(layer, query, key, value))
             x = x + block.mlp(block.ln_2(x))
-        logits: Tensor = self.head(body.ln_f(x))
-        return logits
+        states: Tensor = body.ln_f(x)
+        return states
 
 
-class LlamaStep:
+class LlamaStep(Step):
     """LlamaForCausalLM, SmolLM2 among them."""
 
     def __init__(self, model: Any) -> None:
         self.body, self.head = model.model, model.lm_head
 
-    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         body = self.body
@@ -67,8 +77,8 @@ class LlamaStep:
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
             x = x + own.o_proj(attend(layer, query, key, value))
             x = x + block.mlp(block.post_attention_layernorm(x))
-        logits: Tensor = self.head(body.norm(x))
-        return logits
+        last: Tensor = body.norm(x)
+        return last
 
 
 def known_step(model: Any) -> Step | None:
@@ -83,25 +93,32 @@ def known_step(model: Any) -> Step | None:
 
 
 class Decoder(Protocol):
-    """Logits (B, V) of the first token from the prompts, then of the next one from the token chosen."""
+    """Logits (B, V) of the first token from the prompts, then of the next one from the token chosen.
+
+    `states` (B, width) are what the last logits were read from; None where the decoder does not see them.
+    """
+
+    states: Tensor | None
 
     def first(self, ids: Tensor, mask: Tensor, room: int) -> Tensor: ...
 
     def next(self, tokens: Tensor) -> Tensor: ...
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these of the rows (K,) alone."""
+
 
 class CachedDecoder:
     """The decoder of a known model; the prompts go through transformers' forward."""
 
-    def __init__(self, model: Any, step: Step) -> None:
-        self.model, self.step = model, step
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.states: Tensor | None = None
 
     def first(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
         """Read the prompts (B, P), left-padded, and make room for `room` tokens behind them."""
         positions = position_ids(mask)
-        output = self.model(
-            input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
-        )
+        output = self.step.body(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=True)
         layers = output.past_key_values.layers
         rows, heads, self.end, width = layers[0].keys.shape
         shape = (len(layers), rows, heads, self.end + room, width)
@@ -112,14 +129,23 @@ class CachedDecoder:
         self.mask = torch.ones(rows, 1, 1, self.end + room, dtype=torch.bool, device=ids.device)
         self.mask[:, 0, 0, : self.end] = mask
         self.positions = positions[:, -1]
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        return self._logits(output.last_hidden_state[:, -1])
 
     def next(self, tokens: Tensor) -> Tensor:
         """Logits behind `tokens` (B,)."""
         self.positions = self.positions + 1
         self.end += 1
-        return self.step(tokens, self.positions, self._attend)
+        return self._logits(self.step.states(tokens, self.positions, self._attend))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these of the rows (K,) alone."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+    def _logits(self, states: Tensor) -> Tensor:
+        self.states = states
+        logits: Tensor = self.step.head(states)
+        return logits
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
@@ -132,6 +158,9 @@ class CachedDecoder:
 
 class PlainDecoder:
     """The decoder of any other causal model: transformers' forward, token by token."""
+
+    states: Tensor | None = None
+    cache: Any
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -147,6 +176,11 @@ class PlainDecoder:
         self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
         self.positions = self.positions[:, -1:] + 1
         return self._forward(ids)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these of the rows (K,) alone."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
 
     def _forward(self, ids: Tensor) -> Tensor:
         output = self.model(
@@ -165,4 +199,4 @@ class PlainDecoder:
 def decoder_of(model: Any) -> Decoder:
     """The quickest decoder that is right for a model."""
     step = known_step(model)
-    return CachedDecoder(model, step) if step else PlainDecoder(model)
+    return CachedDecoder(step) if step else PlainDecoder(model)

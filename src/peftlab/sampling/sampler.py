@@ -7,7 +7,7 @@ Each row draws from uniforms of its own seed, so what a row says does not depend
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +26,10 @@ __all__ = ["Decoding", "Sampler", "Samples"]
 
 # Steps between looks at whether all rows have ended, on a GPU: a look waits for the device, a step too many costs one.
 LOOK_EVERY = 8
+# Rows that have ended leave the batch once so few of it are left: that copies its cache.
+RETIRE = 0.8
+# Final states (B, width) -> one number a row, (B,).
+Read = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Samples:
     """prompt_ids, prompt_mask (B, P), left-padded; completion_ids, completion_mask, logprobs (B, C); ended (B,).
 
     `completion_mask` is True up to and including the EOS; `logprobs` are those of the distribution sampled from,
-    0 where the mask is False; `ended` is True where the EOS was sampled.
+    0 where the mask is False; `ended` is True where the EOS was sampled. `readings` (B, C): what was read off the state
+    that each token was chosen from, 0 where the mask is False; None unless asked for, or where states are not seen.
     """
 
     prompt_ids: Tensor
@@ -42,6 +47,7 @@ class Samples:
     completion_mask: Tensor
     logprobs: Tensor
     ended: Tensor
+    readings: Tensor | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -79,10 +85,13 @@ class Sampler:
         mask = torch.tensor([[False] * (width - len(r)) + [True] * len(r) for r in rows])
         return ids.to(self.device), mask.to(self.device)
 
-    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], decoding: Decoding) -> Samples:
-        """One completion a prompt. `prompts`: token lists; `seeds`: one integer a row."""
+    def sample(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], decoding: Decoding, read: Read | None = None
+    ) -> Samples:
+        """One completion a prompt. `prompts`: token lists; `seeds`: one integer a row; `read`: makes `readings`."""
         prompt_ids, prompt_mask = self.pad(prompts)
-        steps = list(self.decode(prompt_ids, prompt_mask, seeds, decoding, LOOK_EVERY))
+        read_off: list[Tensor] = []
+        steps = list(self.decode(prompt_ids, prompt_mask, seeds, decoding, LOOK_EVERY, read, read_off))
         completion_ids = torch.stack([ids for ids, _ in steps], 1)
         mask = completion_mask(completion_ids, self.eos_id)
         width = int(mask.sum(1).max())
@@ -90,33 +99,50 @@ class Sampler:
         logprobs = torch.stack([logp for _, logp in steps], 1)[:, :width] * mask
         ended = (completion_ids == (-1 if self.eos_id is None else self.eos_id)).any(1)
         completion_ids = completion_ids.masked_fill(~mask, self.pad_id)
-        return Samples(prompt_ids, prompt_mask, completion_ids, mask, logprobs, ended)
+        readings = torch.stack(read_off, 1)[:, :width] * mask if read_off else None
+        return Samples(prompt_ids, prompt_mask, completion_ids, mask, logprobs, ended, readings)
 
     @torch.no_grad()
     def decode(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, seeds: Sequence[int], decoding: Decoding, look_every: int = 1
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        seeds: Sequence[int],
+        decoding: Decoding,
+        look_every: int = 1,
+        read: Read | None = None,
+        readings: list[Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (token_ids, logprobs), each (B,), per step, until every row has ended or max_new_tokens is reached.
 
-        `look_every`: steps between looks at whether all rows have ended. On a CPU each step has one: it is free.
+        A row that has ended goes on, or yields EOS. `look_every`: steps between looks at whether all rows have ended;
+        on a CPU each step has one: it is free. `readings` takes what `read` makes of each step's states.
         """
         graphed = self._graphs()
         if graphed is not None:
             yield from graphed.decode(prompt_ids, prompt_mask, seeds, self.eos_id, decoding, look_every)
             return
+        count, end = len(prompt_ids), -1 if self.eos_id is None else self.eos_id
         uniforms = row_uniforms(seeds, decoding.max_new_tokens).to(self.device)
-        ended = torch.zeros(len(prompt_ids), dtype=torch.bool, device=self.device)
+        rows = torch.arange(count, device=self.device)  # those that the decoder still reads
+        ended = torch.zeros(count, dtype=torch.bool, device=self.device)
         decoder = decoder_of(self.model)
         logits = decoder.first(prompt_ids, prompt_mask, decoding.max_new_tokens)
         for step in range(decoding.max_new_tokens):
-            tokens, logprobs = choose(logits, uniforms[:, step], decoding)
-            yield tokens, logprobs
-            if self.eos_id is not None:
-                ended |= tokens == self.eos_id
-                if ended.all():
-                    return
-            if step + 1 < decoding.max_new_tokens:
-                logits = decoder.next(tokens)
+            tokens, logprobs = choose(logits, uniforms[rows, step], decoding)
+            if read is not None and readings is not None and decoder.states is not None:
+                values = read(decoder.states)
+                readings.append(values.new_zeros(count).index_copy(0, rows, values))
+            everyone = tokens.new_full((count,), end).index_copy(0, rows, tokens)
+            yield everyone, logprobs.new_zeros(count).index_copy(0, rows, logprobs)
+            ended |= everyone == end
+            left = (~ended[rows]).nonzero().squeeze(1)
+            if len(left) == 0 or step + 1 == decoding.max_new_tokens:
+                return
+            if len(left) <= RETIRE * len(rows):
+                decoder.keep(left)
+                rows, tokens = rows[left], tokens[left]
+            logits = decoder.next(tokens)
 
     def _graphs(self) -> GraphedDecoder | None:
         """The decoder of CUDA graphs, made at first use and again where weights moved; None without one."""
