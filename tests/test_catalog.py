@@ -107,7 +107,7 @@ def test_listing_pulls_nothing(bundled, tmp_path):
         ("tiny-gpt", "did you mean tiny-gpt2"),
         ("smolm2-135m", "did you mean smollm2-135m"),
         ("imdb-jugde", "did you mean imdb-judge"),
-        ("gpt2", "the Hub did not give it .*tiny-gpt2, smollm2-135m, minilm-distilbert, or a local folder"),
+        ("gpt2", "the Hub did not give it .*tiny-gpt2, tiny-t5, smollm2-135m, minilm-distilbert, or a local folder"),
         ("someone/smollm2-135m", "the Hub did not give it"),
         ("../bundled", "no such folder"),
         ("runs/none", "no such folder; known offline"),
