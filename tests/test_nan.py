@@ -170,7 +170,9 @@ def spoil_site(site: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
 
     def sampling(self, *args):
         samples = sample(self, *args)
-        object.__setattr__(samples, "logprobs", fault.spoil(samples.logprobs))
+        name = "logprobs" if site == "logprob" else "readings"
+        if getattr(samples, name) is not None:
+            object.__setattr__(samples, name, fault.spoil(getattr(samples, name)))
         return samples
 
     def differentiating(self, *args, **kwargs):
@@ -198,7 +200,8 @@ def spoil_site(site: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(Sampler, "sample", sampling)
     elif site == "ref_logprob":
         patch.setattr(Roles, "reference_logprobs", wrapped(Roles.reference_logprobs))
-    elif site == "value":
+    elif site == "value":  # a shared critic's are read while sampling
+        patch.setattr(Sampler, "sample", sampling)
         patch.setattr(Roles, "values", wrapped(Roles.values))
     elif site == "exact_kl":
         patch.setattr(rollout_module, "exact_kl", wrapped(rollout_module.exact_kl))

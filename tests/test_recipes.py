@@ -138,7 +138,7 @@ def test_the_adapter_of_sft_is_plain_peft(shop):
     with torch.no_grad():
         expected = plain(ids).logits
         ours = load_stack(str(folder), device="cpu", merge=False)[0].model
-        assert torch.equal(ours(ids).logits, expected)
+        assert torch.allclose(ours(ids).logits, expected, atol=1e-5)  # ours fuses GELU: the last bits differ
         merged = load_stack(str(folder), device="cpu")[0].model(ids).logits
     torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-5)
     assert (expected - bare).abs().max() > 0.1
