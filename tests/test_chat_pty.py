@@ -24,8 +24,9 @@ from peftlab.data.check import check_file
 HOSTILE = "a\x1b]0;owned\x07b\x1b[2Jc\x1b]52;c;AAAA\x1b\\d\re\u202ef\x9b31mg"
 # The program takes the terminal as its own, so that Ctrl+C reaches it. Replies are the model's, but for two turns.
 PROGRAM = f"""
-import fcntl, sys, termios, time
+import fcntl, signal, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in a background job would hand on that it is ignored
 from peftlab import cli
 from peftlab.chat.session import Session
 speak = Session._stream
