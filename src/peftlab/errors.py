@@ -9,6 +9,11 @@ from __future__ import annotations
 import signal
 
 
+def brief(error: BaseException) -> str:
+    """What a library's error says, for a message of ours: its class and its first line, cut."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
 class PeftlabError(Exception):
     """Base of the errors that the command line turns into one line and `exit_code`."""
 

@@ -118,20 +118,7 @@ class Session:
 
     def _format(self, turns: Sequence[Message]) -> list[int]:
         tokenizer: Any = self.sampler.tokenizer
-        persona = self.voice.persona
-        if persona is not None and persona.prompt:
-            text = self.voice.asked(next(turn.content for turn in reversed(turns) if turn.role == "user"))
-        elif self.voice.template:
-            messages = [{"role": "system", "content": self.system}] if self.system else []
-            messages += [{"role": turn.role, "content": turn.content} for turn in turns]
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=self.voice.template, tokenize=False, add_generation_prompt=True
-            )
-        else:
-            text = self.system
-            for turn in turns:
-                # A reply carries its own leading space; a user's turn starts a new line.
-                text += turn.content if turn.role == "assistant" or not text else "\n" + turn.content
+        text = self.voice.text([Message("system", self.system), *turns] if self.system else turns)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 

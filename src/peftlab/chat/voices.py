@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from ..data.records import Message
 from ..errors import UserError
 from ..models.adapters import read_stack
 from ..models.catalog import resolve
@@ -46,6 +48,29 @@ class Voice:
         if self.persona is not None and self.persona.prompt:
             return self.persona.prompt.replace(TEXT, text)
         return text + "\n" if self.template else text
+
+    def text(self, turns: Sequence[Message]) -> str:
+        """What its reply to these turns goes on from; a system text is the first of them.
+
+        By the persona's prompt, which puts the last question alone, by the chat template, or as one text. Raises
+        UserError where the template does not take these turns.
+        """
+        if self.persona is not None and self.persona.prompt:
+            questions = (turn.content for turn in reversed(turns) if turn.role == "user")
+            return self.asked(next(questions, turns[-1].content))
+        if not self.template:
+            text = ""
+            for turn in turns:  # a reply carries its own leading space; a user's turn starts a new line
+                text += turn.content if turn.role == "assistant" or not text else "\n" + turn.content
+            return text
+        from jinja2 import TemplateError
+
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        options: dict[str, Any] = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": True}
+        try:
+            return str(self.sampler.tokenizer.apply_chat_template(messages, **options))
+        except TemplateError as error:
+            raise UserError(f"the model's chat template does not take these turns: {error}") from None
 
     @property
     def context(self) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..data.tokenize import PLAIN_CHAT
-from ..errors import UserError
+from ..errors import UserError, brief
 from ..runs.checkpoint import MANIFEST, verify_manifest, whole_folder, write_manifest
 from ..runs.progress import say
 from .backbone import Backbone, load_backbone, trunk
@@ -231,7 +231,7 @@ def read_stack(folder: Path) -> Stack:
         raise UserError(f"{folder}: not an adapter folder (no adapter_config.json)")
     _verify(folder)
     name = "stack.json" if (folder / "stack.json").is_file() else "adapter_config.json"
-    facts = _read_json(folder, name)
+    facts = read_facts(folder, name)
     try:
         if name == "adapter_config.json":
             kinds = {task: kind for kind, task in TASK_TYPES.items()}
@@ -299,7 +299,7 @@ def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> 
     stack = read_stack(folder)
     if fingerprint:
         check_base(folder, stack, fingerprint)
-    about = _read_json(folder, "adapter_config.json")
+    about = read_facts(folder)
     if about.get("peft_type") == PREFIX_TYPE:
         return _load_own_prefix(model, folder, about)
     if about.get("peft_type") not in PEFT_TYPES:
@@ -314,8 +314,7 @@ def load_adapter(model: Any, folder: Path, name: str, fingerprint: str = "") -> 
         model = _wrap(model, config, name, stack.base)
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     except Exception as error:  # PEFT looks at few of these facts before it builds on them, and may fail in any way
-        known = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise UserError(f"adapter {folder}: adapter_config.json does not fit ({known}); restore it") from error
+        raise UserError(f"adapter {folder}: adapter_config.json does not fit ({brief(error)}); restore it") from error
     check_tensors(folder, tensors, expected)
     set_peft_model_state_dict(model, tensors, adapter_name=name)
     for parameter in adapter_parameters(model, name).values():
@@ -396,7 +395,8 @@ def _verify(folder: Path) -> None:
         raise UserError(f"adapter {folder}: {'; '.join(problems)}; restore the folder or train it again")
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_facts(folder: Path, name: str = "adapter_config.json") -> dict[str, Any]:
+    """What a JSON file of an adapter's folder says. UserError where it is damaged."""
     try:
         facts = json.loads((folder / name).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, brief
 from ..ops.masks import last_true, position_ids
 from .catalog import resolve
 from .quick import fuse_gelu, keep_freed_memory
@@ -83,7 +83,7 @@ def load_backbone(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {"num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id} if task == "classifier" else {}
-    with _readable(name, source), _quiet_loading():
+    with _readable(name, source), quiet_loading():
         model, told = auto.from_pretrained(
             source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **CODELESS, **options
         )
@@ -109,10 +109,9 @@ def _readable(name: str, source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise UserError(
-            f"model {name}: cannot be read from {source} ({known}); fetch it again, or use another; code that a model "
-            "brings is never run"
+            f"model {name}: cannot be read from {source} ({brief(error)}); fetch it again, or use another; code that a "
+            "model brings is never run"
         ) from error
 
 
@@ -206,7 +205,7 @@ def parameter_bytes(parameters: Any) -> int:
     return sum({p.data_ptr(): p.numel() * p.element_size() for p in parameters}.values())
 
 
-class _quiet_loading:
+class quiet_loading:
     """Silences transformers' progress bars and "newly initialized" notes for one load: an adapter fills the head."""
 
     def __enter__(self) -> None:

@@ -6,7 +6,6 @@ beside each other, so ranks add up and nothing is approximated (DoRA rescales th
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections import Counter
@@ -26,10 +25,11 @@ from .adapters import (
     load_adapter,
     load_stack,
     lora_layers,
+    read_facts,
     read_stack,
     read_weights,
 )
-from .backbone import Backbone, _quiet_loading, load_backbone, trunk
+from .backbone import Backbone, load_backbone, quiet_loading, trunk
 from .catalog import resolve
 from .classifier import TextClassifier
 from .prefix import PREFIX_TYPE
@@ -106,7 +106,7 @@ def write_merged(name: str, folder: Path) -> Stack:
         model, tokenizer = backbone.model, backbone.tokenizer
         if stack.kind == "seq2seq" and stack.extra:
             model.config.peftlab = dict(stack.extra)  # the format of its summaries, as in a model trained whole
-    with _quiet_loading():
+    with quiet_loading():
         model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return stack
@@ -123,7 +123,7 @@ def plain_model(folder: Path, stack: Stack) -> Any:
         "seq2seq": transformers.AutoModelForSeq2SeqLM,
     }.get(stack.kind, transformers.AutoModelForSequenceClassification)
     source, options = (resolve(stack.base).path, load_options(stack, folder)) if of_adapter else (folder, {})
-    with _quiet_loading(), warnings.catch_warnings():
+    with quiet_loading(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT asks for a property by its old name
         model: Any = auto.from_pretrained(str(source), dtype=torch.float32, **options)
         return (PeftModel.from_pretrained(model, str(folder)) if of_adapter else model).eval()
@@ -209,8 +209,7 @@ def _check_parts(name: str, place: Path, stack: Stack) -> None:
 def _about(folder: Path) -> dict[str, Any]:
     """adapter_config.json of an adapter whose bytes are checked."""
     read_stack(folder)
-    about: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return about
+    return read_facts(folder)
 
 
 def _refuse_prefix(name: str, about: Mapping[str, Any]) -> None:

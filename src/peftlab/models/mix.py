@@ -11,8 +11,6 @@ is its components at the sums of their weights (Hu et al. 2021, section 4.1). No
 from __future__ import annotations
 
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any, Self
 
 from ..data.tokenize import PLAIN_CHAT
 from ..errors import UserError
-from .adapters import PEFT_WEIGHTS, Stack, load_adapter, load_stack, lora_layers, read_stack
+from .adapters import PEFT_WEIGHTS, Stack, load_adapter, load_stack, lora_layers, read_facts, read_stack
 from .backbone import Backbone, load_backbone
 from .catalog import Entry, resolve
 
@@ -91,12 +89,17 @@ class Mixer:
         self.loaded[name] = Loaded(parts, template, odd)
         return self.loaded[name]
 
-    def use(self, weights: Mapping[str, float]) -> None:
-        """Make exactly this weighted sum of loaded stacks act; the bare base for an empty one."""
-        shares: Counter[str] = Counter()
+    def shares(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The components in a weighted sum of loaded stacks, each with the sum of its weights."""
+        found: dict[str, float] = {}
         for name, weight in weights.items():
             for part in self.loaded[name].parts:
-                shares[part] += weight  # type: ignore[assignment]
+                found[part] = found.get(part, 0.0) + weight
+        return found
+
+    def use(self, weights: Mapping[str, float]) -> None:
+        """Make exactly this weighted sum of loaded stacks act; the bare base for an empty one."""
+        shares = self.shares(weights)
         for part, share in shares.items():
             for place, scale in self._scaling[part].items():
                 self._layers[place].scaling[part] = scale * share
@@ -145,14 +148,9 @@ def _causal(name: str, entry: Entry) -> Stack | None:
     return stack
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return about
-
-
 def _odd(folder: Path) -> str:
     """Why the adapter in a folder is not plain LoRA; empty where it is."""
-    about = _about(folder)
+    about = read_facts(folder)
     kinds = {"use_rslora": "uses rsLoRA", "use_dora": "uses DoRA", "lora_bias": "has biases in its LoRA"}
     return next((told for key, told in kinds.items() if about.get(key)), "")
 
@@ -160,7 +158,7 @@ def _odd(folder: Path) -> str:
 def _alone(folder: Path, stack: Stack) -> str:
     """Why a stack's delta is none that adds to others' on the bare base; empty where it is."""
     for place in (*stack.under, folder):
-        about = _about(place)
+        about = read_facts(place)
         if about.get("peft_type") != "LORA":
             return f"is {about.get('peft_type')}, not LoRA"
         if about.get("modules_to_save") or about.get("bias", "none") != "none":

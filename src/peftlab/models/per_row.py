@@ -6,7 +6,6 @@ same sum into a copy of the weights, a copy for each stack, and read each copy i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,13 +35,9 @@ class PerRow:
 
     def blend(self, weights: Mapping[str, float]) -> Blend | None:
         """The LoRAs of a weighted sum of loaded stacks; None where one is no plain LoRA, and so no sum."""
-        shares: Counter[str] = Counter()
-        for name, weight in weights.items():
-            if self.mixer.loaded[name].odd:
-                return None
-            for part in self.mixer.loaded[name].parts:
-                shares[part] += weight  # type: ignore[assignment]
-        return tuple(shares.items())
+        if any(self.mixer.loaded[name].odd for name in weights):
+            return None
+        return tuple(self.mixer.shares(weights).items())
 
     def settle(self) -> None:
         """Take over layers whose first adapter came since."""

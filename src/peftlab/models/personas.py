@@ -7,7 +7,6 @@ TOML, NAME.toml in ./personas, in $PEFTLAB_HOME/personas, or shipped; the first 
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,10 +16,10 @@ from ..config import Config, load_config, to_toml
 from ..data.pull import cache_home
 from ..errors import UserError
 from ..runs.atomic import write_text
+from ..runs.names import NAME
 
 SHIPPED = Path(__file__).parent.parent / "personas"
 AUTO = "auto"  # not a persona: a classifier picks one by what is asked
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 RESERVED = (AUTO, "off", ".", "..")
 TEXT = "{text}"
 

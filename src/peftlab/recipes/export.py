@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import LabError, UserError
+from ..errors import LabError, UserError, brief
 from ..models.adapters import Stack, kind_of
 from ..models.catalog import resolve
 from ..models.export import NoAdapter, check_equal, load_options, write_adapter, write_merged
@@ -78,8 +78,7 @@ def push(root: Path, name: str, repo_id: str, public: bool) -> dict[str, Any]:
             api.create_repo(repo_id, private=not public, exist_ok=True)
             done = api.upload_folder(repo_id=repo_id, folder_path=told["folder"], commit_message=f"peftlab push {name}")
         except Exception as error:  # unreachable, refused, another's: huggingface_hub has a class for each
-            reason = str(error).strip().partition("\n")[0]
-            raise LabError(f"push: the Hub did not take it ({type(error).__name__}: {reason}); {instead}") from None
+            raise LabError(f"push: the Hub did not take it ({brief(error)}); {instead}") from None
     return {"repo": repo_id, "url": str(done), "holds": told["holds"], "bytes": told["bytes"]}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..chat.voices import Cast, Voice
+from ..chat.voices import Cast
 from ..data.records import Message, Prompt
 from ..errors import Interrupted, UserError
 from ..models.adapters import kind_of, load_stack
@@ -141,7 +141,9 @@ class Shelf:
         about = persona.description if persona else ("adapter" if blend else "model") + f" on {batch.base.mixer.name}"
 
         def render(turns: Sequence[Message]) -> str:
-            return conversation(voice, batch.sampler.tokenizer, turns)
+            if persona and persona.system and turns[0].role != "system":
+                turns = [Message("system", persona.system), *turns]
+            return voice.text(turns)
 
         return Speaker(name, batch, blend, render, decoding, batch.base.mixer.fingerprint, about)
 
@@ -169,29 +171,6 @@ class Shelf:
             self.batches[mixer] = Batch(PerRow(mixer), Sampler(mixer.model, mixer.tokenizer), self.max_batch)
         self.batches[mixer].base.settle()
         return self.batches[mixer]
-
-
-def conversation(voice: Voice, tokenizer: Any, turns: Sequence[Message]) -> str:
-    """The text that a reply goes on from, as chat has it: by the persona's prompt, which puts the last question alone,
-    by the chat template, or as one text. Raises UserError where the template does not take these turns."""
-    persona = voice.persona
-    if persona and persona.prompt:
-        return voice.asked(turns[-1].content)
-    if persona and persona.system and turns[0].role != "system":
-        turns = [Message("system", persona.system), *turns]
-    if not voice.template:
-        text = ""
-        for turn in turns:  # a reply carries its own leading space; a user's turn starts a new line
-            text += turn.content if turn.role == "assistant" or not text else "\n" + turn.content
-        return text
-    from jinja2 import TemplateError
-
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    options: dict[str, Any] = {"chat_template": voice.template, "tokenize": False, "add_generation_prompt": True}
-    try:
-        return str(tokenizer.apply_chat_template(messages, **options))
-    except TemplateError as error:
-        raise UserError(f"the model's chat template does not take these turns: {error}") from None
 
 
 def _is_reward(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LabError, UserError
+from ..runs.names import NAME
 
 # (prompts, completions, records) -> one number per completion, or {part name: numbers}.
 RewardFunction = Callable[[Sequence[str], Sequence[str], Sequence[Any]], Any]
-
-
-PART_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")  # it becomes a metric's name
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class Reward:
         named = given if isinstance(given, Mapping) else {part.name: given}
         result = {}
         for name, numbers in named.items():
-            if not PART_NAME.fullmatch(str(name)):
+            if not NAME.fullmatch(str(name)):  # it becomes a metric's name
                 raise LabError(f"reward part {name!r}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
             try:
                 values = torch.as_tensor(numbers, dtype=torch.float32).cpu()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import re
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,18 +34,18 @@ from .checkpoint import Checkpoint, CheckpointStore
 from .lock import LOCK, locked
 from .memory import full_memory
 from .metrics import metric
+from .names import NAME
 from .signals import StopSignals
-from .summary import ended_runs, find_run, list_runs, outcome, read_environment, read_summary
+from .summary import ended_runs, find_run, flat, list_runs, outcome, read_environment, read_summary
 
 __all__ = ["RunDir", "check_name", "ended_runs", "find_run", "list_runs", "read_summary"]
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")  # what a resume cuts back to its checkpoint
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def check_name(name: str) -> str:
     """`name` itself if it may name a run, an adapter or a persona; UserError otherwise."""
-    if not _NAME.fullmatch(name) or name in (".", ".."):
+    if not NAME.fullmatch(name) or name in (".", ".."):
         raise UserError(
             f"bad name {name!r}; use 1 to 64 letters, digits, dots, dashes or underscores, not . or .."
         )
@@ -57,15 +56,8 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
 def _differences(old_toml: str, new_toml: str) -> list[str]:
-    old, new = _flat(tomllib.loads(old_toml)), _flat(tomllib.loads(new_toml))
+    old, new = flat(tomllib.loads(old_toml)), flat(tomllib.loads(new_toml))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [f"{key} ({old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now)" for key in keys]
 
