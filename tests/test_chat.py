@@ -160,6 +160,14 @@ def test_a_template_gives_each_turn_its_role(templated):
     assert words(session, session.fit()).startswith("<user>a")
 
 
+def test_turns_that_a_template_refuses_are_taken_back(templated):
+    template = "{{ raise_exception('no such roles') }}"
+    session = Session(Voice("strict", templated, template=template), Decoding(max_new_tokens=4))
+    shown = typed(session, "a film", "/undo")
+    assert "does not take these turns: no such roles" in shown and session.turns == []
+    assert "nothing to take back" in shown and "model> \n" in shown
+
+
 def test_without_a_template_the_conversation_is_one_text(session):
     session.turns = [Message("user", "the film"), Message("assistant", " was good ."), Message("user", "but")]
     assert words(session, session.fit()) == "the film was good .\nbut"

@@ -95,6 +95,10 @@ def test_prune_keeps_what_a_run_that_stays_stands_on(here):
     shown = peftlab("runs prune --status failed --yes").out
     assert re.search(r"broken .*tried", shown) and re.search(r"tried .*policy", shown)
     assert there(here) == {"base", "policy", "broken", "tried"}
+    make(here, "rewarding")
+    make(here, "quoting", reward="rubric:length + 2*'runs/rewarding/adapter'", error=True)
+    peftlab("runs prune --status done --yes")
+    assert "rewarding" in there(here), "a reward may quote its paths"
     told = json.loads(peftlab("runs prune --status failed --status done --yes --json").out)
     assert all(not item["stays_for"] for item in told["items"]) and there(here) == set()
 

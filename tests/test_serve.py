@@ -232,6 +232,18 @@ def test_what_is_wrong_is_told_in_openais_shape(server, house, change, status, p
     assert isinstance(caught.value, openai.NotFoundError if status == 404 else openai.BadRequestError)
 
 
+def test_half_a_surrogate_pair_is_no_text(server, house):
+    """JSON can spell it; the official client cannot."""
+    said = [{"role": "user", "content": "\ud800"}]
+    for path, body in {
+        "/v1/completions": {"model": house.base, "prompt": "\ud800"},
+        "/v1/chat/completions": {"model": house.base, "messages": said},
+        "/v1/score": {"model": "rubric:length + 2*rubric:ended", "prompt": "a film", "completion": "\ud800"},
+    }.items():
+        status, _, told = server.send("POST", path, body)
+        assert status == 400 and "surrogate" in told["error"]["message"], path
+
+
 def test_what_changes_nothing_is_taken(server, house):
     reply = server.client.completions.create(
         model=house.base, prompt="a film", user="me", frequency_penalty=0, best_of=1, echo=False, **ASKED
@@ -386,9 +398,15 @@ def test_a_preference_is_a_pair_and_a_line_of_the_journal(server, house, monkeyp
     kept = server.folder
     found = check_file(kept / "kept.labelled.jsonl", "preferences")
     assert not found.bad and [pair.chosen for pair in found.records] == [" is bad", " is good"]
+    waiting = {"id": "file-1", "prompt": "a film", "chosen": " is long", "rejected": " is short"}
+    with (kept / "kept.jsonl").open("a") as file:
+        file.write(json.dumps(waiting) + "\n")
+    assert prefer("left", " is fine") == (200, {"kept": 5})
+    choices = [json.loads(line) for line in (kept / "kept.labels.jsonl").read_text().splitlines()]
+    assert len(choices) == 4 and "file-1" not in {choice["id"] for choice in choices}, "it waits for a person"
     monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
     done = peftlab("label {file}", file=str(kept / "kept.jsonl"))
-    assert done.code == 0 and "2 with a winner, 1 tied" in done.out, "`peftlab label` goes on from the same files"
+    assert done.code == 0 and "3 with a winner, 1 tied" in done.out, "`peftlab label` goes on from the same files"
 
 
 @pytest.mark.parametrize(

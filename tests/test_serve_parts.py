@@ -95,6 +95,36 @@ def test_adapters_act_on_their_own_rows_with_their_own_weights(tmp_path):
     assert torch.equal(together[1], bare[1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_stay_with_their_rows_whoever_joins_and_leaves(kind, tmp_path, monkeypatch):
+    folder = tiny.llama_folder if kind == "llama" else tiny.causal_folder
+    base = str(folder(tmp_path / "base"))
+    mixer = Mixer.open(base, "cpu")
+    names = [adapter(base, tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]
+    for name in names:
+        mixer.load(name)
+    if kind == "unknown":
+        monkeypatch.setattr(continuous, "known_step", lambda model: None)
+    batch = Batch(PerRow(mixer), Sampler(mixer.model, mixer.tokenizer), max_rows=6)
+    assert isinstance(batch._cache, KINDS[kind])
+    acting = [{names[k % 2]: 1.0} if k % 3 else {} for k in range(6)]
+    # Rows of one prompt and one blend are read once; lengths differ, so that rows leave one after the other.
+    rows = [
+        Row([5, 9, 7] if k < 4 else [8] * 5, 0, Decoding(3 + 2 * k, 0.0), batch.base.blend(mix) or (), top=0)
+        for k, mix in enumerate([*acting[:2], acting[1], *acting[3:]])
+    ]
+    mixes = [*acting[:2], acting[1], *acting[3:]]
+    said = run(batch, rows, random.Random(0))
+    for row, mix in zip(rows, mixes, strict=True):
+        with batch.base.rows([row.blend]):
+            alone = batch.sampler.sample([row.ids], [0], row.decoding)
+        told = torch.tensor([chosen.logprob for chosen in said[row]])
+        assert [chosen.token for chosen in said[row]] == alone.completion_ids[0].tolist(), mix
+        with batch.base.rows([row.blend]), torch.no_grad():
+            logits = mixer.model(alone.ids[:, :-1]).logits[0, -len(told) :].log_softmax(-1)
+        assert torch.allclose(told, logits.gather(-1, alone.completion_ids.T)[:, 0], atol=1e-4)
+
+
 def test_memory_and_prompts_bound_who_joins(monkeypatch):
     batch = batch_of("gpt2", monkeypatch)
     rows = [Row([5] * 10, 0, Decoding(20)) for _ in range(9)]

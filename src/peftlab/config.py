@@ -59,6 +59,11 @@ def load_config(cls: type[C], source: str | None, overrides: Sequence[str] = ())
         raise UserError(f"{origin}: this config is for `peftlab {data['recipe']}`, not for `peftlab {recipe}`")
     for override in overrides:
         _apply(cls, data, override)
+    return validated(cls, data, origin)
+
+
+def validated(cls: type[C], data: Mapping[str, Any], origin: str) -> C:
+    """`data` as a config. Raises UserError naming `origin`, each wrong key and the nearest known one."""
     try:
         return cls.model_validate(data)
     except ValidationError as error:

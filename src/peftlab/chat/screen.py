@@ -39,7 +39,8 @@ class Screen:
         self._console().print(Text(f"{sanitize(text)}> ", style="bold"), end="")
 
     def stream(self, label: str, pieces: Iterable[str]) -> None:
-        """Say these pieces as they come, behind a label. An interrupt ends the line and goes on to the caller."""
+        """Say these pieces as they come, behind a label. An interrupt or an error ends the line and goes on to
+        the caller."""
         self.label(label)
         cleaner = StreamSanitizer()
         wrapper = Wrapper(self.width, len(sanitize(label)) + 2) if self.terminal else None
@@ -50,8 +51,9 @@ class Screen:
                 text = cleaner.feed(piece) if begun else cleaner.feed(piece).lstrip(" ")
                 begun = begun or bool(text)
                 self.write(wrapper.feed(text) if wrapper else text)
-        except KeyboardInterrupt:
-            self.write((wrapper.flush() if wrapper else "") + " (stopped)\n")
+        except BaseException as error:
+            end = " (stopped)\n" if isinstance(error, KeyboardInterrupt) else "\n"
+            self.write((wrapper.flush() if wrapper else "") + end)
             raise
         self.write((wrapper.flush() if wrapper else "") + "\n")
 

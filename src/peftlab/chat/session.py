@@ -71,12 +71,18 @@ class Session:
             self.decoding = default_decoding(voice)
         if voice.persona is not self.voice.persona:
             self.system = voice.persona.system if voice.persona else ""
+        most = min(self.decoding.max_new_tokens, voice.context - 1)
+        self.decoding = replace(self.decoding, max_new_tokens=most)
         self.voice, self.dropped = voice, 0
 
     def reply(self, text: str) -> Iterator[str]:
         """Add the user's turn and stream the reply; what was streamed is kept, also when the caller stops early."""
         self.turns.append(Message("user", text))
-        prompt = self.fit()
+        try:
+            prompt = self.fit()
+        except BaseException:  # a template that refuses the turns, or Ctrl+C: a turn without a reply is none
+            self.turns.pop()
+            raise
         said: list[str] = []
         try:
             for piece in self._stream(prompt):

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..models.adapters import read_stack
 from ..models.catalog import resolve
 from ..models.mix import Mixer, check_member
-from ..models.personas import TEXT, Persona, load_persona, persona_files
+from ..models.personas import TEXT, Persona, load_persona, mix_weights, persona_files
 from ..sampling.sampler import Sampler
 
 OFF = "off"
@@ -142,19 +142,5 @@ class Cast:
 
 
 def weights_of(text: str) -> dict[str, float]:
-    """`a=0.7 b=0.3` as a mapping. Raises UserError for anything else, and for a name given twice."""
-    weights: dict[str, float] = {}
-    for pair in re.sub(r"\s*=\s*", "=", text).split():
-        name, _, number = pair.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = float("nan")
-        if not name or not abs(weight) < 1e3:
-            raise UserError(f"mix: {pair!r}: give NAME=WEIGHT, for example a=0.7 b=0.3")
-        if name in weights:
-            raise UserError(f"mix: {name} is given twice")
-        weights[name] = weight
-    if not weights:
-        raise UserError("mix: give NAME=WEIGHT pairs, for example a=0.7 b=0.3")
-    return weights
+    """`a=0.7 b=0.3` as a mapping; UserError for anything else."""
+    return mix_weights(re.sub(r"\s*=\s*", "=", text).split())

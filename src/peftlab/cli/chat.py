@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .shared import Device, Json, loading, print_rows
+from .shared import Device, Json, cell, loading, print_rows
 
 app = typer.Typer()
 personas_app = typer.Typer(help="List, show, make and check personas.", no_args_is_help=True)
@@ -94,6 +94,6 @@ def personas_check(
     for name in names or [str(path) for path in persona_files().values()]:
         problem = check_persona(name)
         bad += bool(problem)
-        print(f"{Path(name).stem}: {problem or 'ok'}")
+        print(cell(f"{Path(name).stem}: {problem or 'ok'}"))
     if bad:
         raise typer.Exit(2)

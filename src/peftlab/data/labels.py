@@ -96,9 +96,10 @@ class Journal:
             answers.reverse()
         return dict(zip(SIDES, answers, strict=True))
 
-    def choose(self, said: str, seconds: float) -> None:
-        """Writes what was said of the current pair: left, right, tie or skip, `seconds` after it was shown."""
-        pair = self.current()
+    def choose(self, said: str, seconds: float, pair: Pair | None = None) -> None:
+        """Writes what was said of a pair, by default the current one: left, right, tie or skip, `seconds` after it was
+        shown."""
+        pair = pair or self.current()
         if pair is None or said not in (*SIDES, "tie", "skip"):
             raise ValueError(f"no pair, or no choice: {said}")
         left = left_of(self.seed, pair.record.id)

@@ -7,12 +7,13 @@ TOML, NAME.toml in ./personas, in $PEFTLAB_HOME/personas, or shipped; the first 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ..config import Config, load_config, to_toml
+from ..config import Config, load_config, to_toml, validated
 from ..data.pull import cache_home
 from ..errors import UserError
 from ..runs.atomic import write_text
@@ -120,6 +121,25 @@ def as_file(persona: Persona) -> str:
     return to_toml(said)
 
 
+def mix_weights(pairs: Iterable[str]) -> dict[str, float]:
+    """Each NAME=WEIGHT in a mapping. Raises UserError for anything else, and for a name given twice."""
+    weights: dict[str, float] = {}
+    for pair in pairs:
+        name, _, number = pair.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = float("nan")
+        if not name or not abs(weight) < 1e3:
+            raise UserError(f"mix: {pair!r}: give NAME=WEIGHT, for example a=0.7 b=0.3")
+        if name in weights:
+            raise UserError(f"mix: {name} is given twice")
+        weights[name] = weight
+    if not weights:
+        raise UserError("mix: give NAME=WEIGHT pairs, for example a=0.7 b=0.3")
+    return weights
+
+
 def new_persona(name: str, base: str, adapters: list[str], system: str, description: str, home: bool) -> Path:
     """Write a persona's file to ./personas, or into the home folder; returns its path.
 
@@ -128,16 +148,12 @@ def new_persona(name: str, base: str, adapters: list[str], system: str, descript
     """
     said: dict[str, Any] = {"name": name, "description": description, "base": base}
     if adapters and all("=" in adapter for adapter in adapters):
-        said["mix"] = {pair.rpartition("=")[0]: pair.rpartition("=")[2] for pair in adapters}
+        said["mix"] = mix_weights(adapters)
     elif len(adapters) == 1:
         said["adapter"] = adapters[0]
     elif adapters:
         raise UserError(f"--adapter: {', '.join(adapters)}: give one, or each as NAME=WEIGHT")
-    try:
-        persona = Persona.model_validate(said | {"system": system})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"persona {name!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    persona = validated(Persona, said | {"system": system}, f"persona {name!r}")
     path = places()[1 if home else 0] / f"{name}.toml"
     if path.exists():
         raise UserError(f"{path}: is there already; edit it, or give another name")

@@ -33,7 +33,7 @@ def label(prefs: Path, output: Path | None, web: bool, port: int, seed: int) -> 
         raise UserError(f"--port {port}: goes with --web only")
     console = Console(highlight=False)
     pairs = read_pairs(prefs)
-    path, labelled = _outputs(prefs, output)
+    path, labelled = outputs(prefs, output)
     with locked_file(path) as handle, _Signals() as signals:
         journal = Journal(path, handle, pairs, seed)
         if journal.cut:
@@ -52,12 +52,12 @@ def label(prefs: Path, output: Path | None, web: bool, port: int, seed: int) -> 
         console.print(sanitize(line), markup=False, soft_wrap=True)
 
 
-def _outputs(prefs: Path, output: Path | None) -> tuple[Path, Path]:
+def outputs(prefs: Path, output: Path | None = None) -> tuple[Path, Path]:
     """The journal and the labelled pairs; neither may write over the pairs or over labels of another journal."""
     path = output or prefs.with_name(f"{prefs.stem}.labels.jsonl")
     labelled = path.with_name(f"{path.name.removesuffix('.jsonl').removesuffix('.labels')}.labelled.jsonl")
     for ours in (path, labelled):
-        if ours.exists() and ours.samefile(prefs):
+        if ours.exists() and prefs.exists() and ours.samefile(prefs):
             raise UserError(f"--output {path}: would write over {prefs}, the pairs themselves")
     if labelled.exists() and not path.exists():
         raise UserError(f"{labelled} is there without its journal {path}; move it away, or choose another --output")

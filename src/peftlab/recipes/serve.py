@@ -178,17 +178,8 @@ def _is_reward(name: str) -> bool:
     if name in persona_files():
         return False
     if Path(name).exists() or not set(name) & set("+*:"):
-        return _kind(name) in ("classifier", "reward")
+        return kind_of(name) in ("classifier", "reward")
     return bool(terms(name))
-
-
-def _kind(name: str) -> str:
-    try:
-        return kind_of(name)
-    except UserError:
-        if ":" in name:  # a function, or a part of the rubric
-            return ""
-        raise
 
 
 def _write(row: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from ..data.records import parse_row
 from ..errors import UserError
 from ..runs.atomic import append_line, write_rows
 from ..runs.lock import locked_file
+from .label import outputs
 
 SEED = 0  # of `peftlab label`'s default: it goes on from these files
 
@@ -20,14 +21,15 @@ SEED = 0  # of `peftlab label`'s default: it goes on from these files
 class Preferences:
     """PREFS.jsonl gains the pair, PREFS.labels.jsonl the choice, and PREFS.labelled.jsonl the pairs that have a winner.
 
-    Nothing is made before the first choice. Raises UserError where the file could not be one of pairs.
+    Nothing is made before the first choice; pairs that are there already wait for `peftlab label`. Raises UserError
+    where the file could not be one of pairs.
     """
 
     def __init__(self, path: Path) -> None:
         if path.suffix.lower() != ".jsonl" or not path.parent.is_dir():
             raise UserError(f"--prefs {path}: expected a file that ends in .jsonl, in a folder that is there")
         self.path = path
-        self.labels, self.labelled = (path.with_name(f"{path.stem}.{kind}.jsonl") for kind in ("labels", "labelled"))
+        self.labels, self.labelled = outputs(path)
         self._lock = threading.Lock()
 
     def add(self, prompt: str, answers: Mapping[str, str], choice: str, seconds: float, **more: Any) -> int:
@@ -44,16 +46,8 @@ class Preferences:
         except ValueError as error:  # a file with such a row could not be read again
             raise UserError(f"this pair cannot be kept: {error}") from None
         with self._lock, locked_file(self.labels) as handle:
-            self._finish(handle)
             append_line(self.path, row)
             journal = Journal(self.labels, handle, read_pairs(self.path), SEED)
-            journal.choose(choice, seconds)
+            journal.choose(choice, seconds, journal.pairs[-1])
             write_rows(self.labelled, journal.labelled())
             return len(journal.pairs)
-
-    def _finish(self, handle: int) -> None:
-        """Skip pairs that a crash left without a choice, so that the next choice is of the newest pair."""
-        if self.path.exists() and self.path.stat().st_size:
-            journal = Journal(self.labels, handle, read_pairs(self.path), SEED)
-            while journal.current():
-                journal.choose("skip", 0.0)

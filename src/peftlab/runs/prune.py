@@ -100,7 +100,9 @@ def _paths(folder: Path) -> set[Path]:
     """The places on this disk that a run's config may name: a model, a reward's parts, data."""
     with contextlib.suppress(OSError, ValueError):
         table = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-        parts = (part.strip() for text in _texts(table) for part in re.split(r"[*+]", text))  # of a reward
+        # A reward's parts stand between * and +, a path with one of these in quotes.
+        found = (match.group(0) for text in _texts(table) for match in re.finditer(r"\"[^\"]*\"|'[^']*'|[^*+]+", text))
+        parts = (part.strip().strip("\"'") for part in found)
         return {Path(part).resolve() for part in parts if "/" in part}
     return set()
 

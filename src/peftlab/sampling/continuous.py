@@ -223,21 +223,25 @@ class Together:
 
     def __init__(self, model: Any) -> None:
         self._decoder = PlainDecoder(model)
-        self._places: list[int] = []  # of the rows, among those that began
+        self._count = 0  # of the rows
 
     def join(self, ids: Tensor, mask: Tensor, sources: Sequence[int]) -> Tensor:
         """As in `Slots`, of a batch that is empty."""
-        self._places = list(range(len(sources)))
-        self._began = len(sources)
-        return self._decoder.first(ids[list(sources)], mask[list(sources)], 0)
+        self._count = len(sources)
+        rows = torch.tensor(sources, device=ids.device)
+        logits = self._decoder.first(ids, mask, 0)[rows]
+        self._decoder.keep(rows)
+        return logits
 
     def leave(self, row: int) -> None:
         """The last row takes the place of `row`."""
-        self._places[row] = self._places[-1]
-        self._places.pop()
+        self._count -= 1
+        if self._count:
+            rows = torch.arange(self._count, device=self._decoder.mask.device)
+            if row < self._count:
+                rows[row] = self._count
+            self._decoder.keep(rows)
 
     def next(self, tokens: Tensor) -> Tensor:
-        """As in `Slots`; rows that left go on with token 0, unread."""
-        every = tokens.new_zeros(self._began)
-        every[self._places] = tokens
-        return self._decoder.next(every)[self._places]
+        """As in `Slots`."""
+        return self._decoder.next(tokens)

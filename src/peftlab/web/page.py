@@ -12,7 +12,7 @@ from starlette.responses import FileResponse
 from ..data.records import Message
 from .api import Api
 from .app import STATIC
-from .schemas import Said
+from .schemas import Said, Whole
 
 
 class Keeper(Protocol):
@@ -26,7 +26,7 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    text: str
+    text: Whole
 
 
 class Preferred(BaseModel):

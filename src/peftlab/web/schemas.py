@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from .reply import Piece, Token
 
@@ -25,7 +25,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none",),
     "modalities": (["text"],),
 }
-Text = Annotated[str, Field(min_length=1)]
+
+
+def _whole(text: str) -> str:
+    """JSON may spell half of a surrogate pair, which is no character: no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+Whole = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[Whole, Field(min_length=1)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -40,7 +52,7 @@ class Asked(BaseModel):
     top_k: int | None = Field(None, ge=0)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: Whole | Annotated[list[Text], Field(max_length=4)] | None = None
     stream: bool = False
 
     @model_validator(mode="before")
@@ -71,14 +83,14 @@ class TextPart(BaseModel):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Whole
 
 
 class Said(BaseModel):
     """A message of a conversation; `developer` is another word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Whole | list[TextPart]
 
     @property
     def speaker(self) -> str:
@@ -107,7 +119,7 @@ class ChatAsked(Asked):
 class TextAsked(Asked):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)] = ""
+    prompt: Whole | Annotated[list[Whole], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)] = ""
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
@@ -126,8 +138,8 @@ class ScoreAsked(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model: str
-    prompt: str = ""
-    completion: str | Annotated[list[str], Field(min_length=1, max_length=64)]
+    prompt: Whole = ""
+    completion: Whole | Annotated[list[Whole], Field(min_length=1, max_length=64)]
 
     @property
     def completions(self) -> list[str]:

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import PeftlabError
 from ..runs.progress import say
 from ..sampling.continuous import Batch, Row
 from .reply import Piece, Reply
@@ -140,6 +141,8 @@ class Worker:
         try:
             future.set_result(function())
         except BaseException as error:
+            if not isinstance(error, PeftlabError):
+                say(traceback.format_exc())
             future.set_exception(error)
 
     def _round(self, batch: Batch, waiting: Sequence[Job]) -> None:
@@ -198,7 +201,8 @@ class Worker:
             self._calls.clear()
         self._tell([(job.ticket, error) for job in jobs])
         for _, future in calls:
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():  # not of a request that gave up meanwhile
+                future.set_exception(error)
 
     def _tell(self, news: Sequence[tuple[Ticket, Event]]) -> None:
         """One wake-up of the event loop for a whole step."""

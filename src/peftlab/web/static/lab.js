@@ -167,7 +167,7 @@ function shown() {
 
 async function send() {
   const text = byId("text").value;
-  if (running || !text.trim()) return;
+  if (document.body.dataset.busy === "true" || !text.trim()) return;
   if (pending) settle("left");
   alarm("");
   byId("hello").hidden = true;
