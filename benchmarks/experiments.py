@@ -25,6 +25,10 @@ from typing import Any
 
 PROGRAM = [sys.executable, "-c", "from peftlab.cli import main; main()"]
 FIGURES = re.compile(r"(eval|rubric|compare)/")
+PAIRS = (
+    "data preferences --policy RUNS/sft --prompts imdb:train --k 4 --prompt-tokens 2,8 --max-new-tokens 48 "
+    "--scorer imdb-sentiment --min-margin 1 --batch-size 512"
+)
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,30 @@ class Job:
 
 def summaries() -> list[Job]:
     """ROUGE of the four ways to teach tiny-t5 to say the gist of a review."""
-    rates = {"prefix-full": 3e-3, "prefix": 3e-3, "lora": 2e-3, "full": 1e-3}
-    keys = "batch_size=64 epochs=4 eval_limit=0"
+    seeded = "batch_size=64 eval_limit=0 seed="
+    methods = {
+        "prefix-full": "lr=1e-2 epochs=8",
+        "prefix": "lr=1e-2 epochs=8",
+        "prefix-full-3": "lr=3e-3 epochs=8",
+        "prefix-3": "lr=3e-3 epochs=8",
+        "lora": "lr=2e-3 epochs=4",
+        "full": "lr=1e-3 epochs=4",
+    }
     return [
-        Job(f"{method}-s{seed}", f"summarize summarize-tiny method={method} lr={lr} seed={seed} {keys}")
+        Job(f"{name}-s{seed}", f"summarize summarize-tiny method={name.removesuffix('-3')} {keys} {seeded}{seed}")
         for seed in range(3)
-        for method, lr in rates.items()
+        for name, keys in methods.items()
     ]
 
 
 def explanations() -> list[Job]:
-    """Base, SFT, reward model, then PPO, RLOO and DPO on SmolLM2's explanations of reviews."""
+    """Base, SFT, reward model, then PPO and RLOO by it and DPO from its pairs, on SmolLM2's explanations of reviews."""
     answers = "data preferences --policy RUNS/sft --k 4 --batch-size 512 --dtype bfloat16"
     held_out = "eval_data=RUNS/pairs-held-out/preferences-test.jsonl"
     pairs = f"train_data=RUNS/pairs/preferences-train.jsonl {held_out}"
     made = ("pairs", "pairs-held-out")
+    steps = "model=RUNS/sft steps=30 epochs=2"
+    sizes = {"ppo": "prompts_per_step=128", "rloo": "prompts_per_step=32"}
     return [
         Job("sft-tiny", "sft tiny-explanations"),
         Job("sft", "sft smollm2-explanations"),
@@ -78,42 +91,49 @@ def explanations() -> list[Job]:
         Job("reward", f"reward reward-explanations model=RUNS/sft {pairs}", made),
         Job("reward-flipped", f"reward reward-explanations model=RUNS/sft {pairs} flip_labels=0.25", made),
         *(
-            Job(f"{how}-s{seed}", f"{how} {how}-explanations model=RUNS/sft seed={seed}", ("sft",))
+            job
             for seed in range(3)
-            for how in ("ppo", "rloo")
+            for job in (
+                *(
+                    Job(
+                        f"{how}-s{seed}",
+                        f"{how} {how}-explanations {steps} {size} reward=RUNS/reward/adapter seed={seed}",
+                        ("reward",),
+                    )
+                    for how, size in sizes.items()
+                ),
+                Job(f"dpo-s{seed}", f"dpo dpo-explanations model=RUNS/sft {pairs} batch_size=16 seed={seed}", made),
+                Job(f"ppo-rubric-s{seed}", f"ppo ppo-explanations {steps} {sizes['ppo']} seed={seed}", ("sft",)),
+            )
         ),
-        *(Job(f"dpo-s{seed}", f"dpo dpo-explanations model=RUNS/sft {pairs} seed={seed}", made) for seed in range(3)),
     ]
 
 
 def continuations() -> list[Job]:
-    """A reward model of SmolLM2 on pairs of its own continuations of reviews, which `imdb-sentiment` ranks."""
+    """SmolLM2 on IMDb: a reward model of pairs that `imdb-sentiment` ranks; PPO, RLOO, DPO towards praise."""
     pairs = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl"
-    return [
+    shape = "model=RUNS/sft prompt_tokens=[2,8] max_new_tokens=48 eval_prompts=750 lora.r=16 lora.alpha=32"
+    steered = f"{shape} steps=100 lr=3e-4 kl_target=5 kl_horizon=2000 kl_stop=12"
+    jobs = [
         Job("sft", "sft smollm2-imdb"),
-        Job(
-            "pairs",
-            "data preferences --policy RUNS/sft --prompts imdb:train --k 4 --prompt-tokens 2,8 --max-new-tokens 48 "
-            "--scorer imdb-sentiment --min-margin 1 --batch-size 512 --dtype bfloat16 --limit 8000",
-            ("sft",),
-        ),
-        Job("reward", f"reward reward-explanations model=RUNS/sft {pairs} max_length=128 lr=2e-4", ("pairs",)),
+        Job("pairs", f"{PAIRS} --limit 8000 --dtype bfloat16", ("sft",)),
+        Job("reward", f"reward reward-explanations model=RUNS/sft {pairs} max_length=128", ("pairs",)),
     ]
+    for seed in range(5):
+        ppo = "prompts_per_step=256 minibatch_size=128 critic_lr=1e-3"
+        jobs.append(Job(f"ppo-s{seed}", f"ppo ppo-tiny {steered} {ppo} seed={seed}", ("sft",)))
+        if seed < 3:
+            dpo = f"{shape} {pairs} max_length=64 beta=0.1 lr=1e-4"
+            jobs.append(Job(f"rloo-s{seed}", f"rloo rloo-tiny {steered} prompts_per_step=64 seed={seed}", ("sft",)))
+            jobs.append(Job(f"dpo-s{seed}", f"dpo dpo-tiny {dpo} seed={seed}", ("pairs",)))
+    return jobs
 
 
 def frontier() -> list[Job]:
     """Judge against KL on continuations of 48 tokens: PPO, RLOO and DPO at several strengths, three seeds."""
     shape = "model=RUNS/sft prompt_tokens=[2,8] max_new_tokens=48 eval_prompts=750"
     steered = f"{shape} steps=100 kl_horizon=2000"
-    jobs = [
-        Job("sft", "sft sft-tiny"),
-        Job(
-            "pairs",
-            "data preferences --policy RUNS/sft --prompts imdb:train --k 4 --prompt-tokens 2,8 --max-new-tokens 48 "
-            "--scorer imdb-sentiment --min-margin 1 --batch-size 512",
-            ("sft",),
-        ),
-    ]
+    jobs = [Job("sft", "sft sft-tiny"), Job("pairs", PAIRS, ("sft",))]
     data = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl max_length=64"
     for seed in range(3):
         for target in (1.5, 3, 6, 9, 12):
@@ -132,21 +152,45 @@ def frontier() -> list[Job]:
     return jobs
 
 
+def overoptimization() -> list[Job]:
+    """PPO against reward models of few and many pairs, clean and noisy, single and in fives: proxy and judge by KL."""
+    jobs = [Job("sft", "sft sft-tiny"), Job("pairs", PAIRS, ("sft",))]
+    data = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl max_length=64"
+    reward = f"reward reward-tiny model=RUNS/sft {data}"
+    for pairs in (500, 2000, 20_000):
+        for noise in ("", "-noisy"):
+            for size in ("", "-five"):
+                name = f"rm{pairs}{noise}{size}"
+                keys = " flip_labels=0.25" * bool(noise) + " members=5 combine=min" * bool(size)
+                jobs.append(Job(name, f"{reward} train_limit={pairs}{keys}", ("pairs",)))
+                jobs += [
+                    Job(
+                        f"{name}-kl{target}",
+                        f"ppo ppo-tiny model=RUNS/sft reward=RUNS/{name}/adapter prompt_tokens=[2,8] max_new_tokens=48 "
+                        f"steps=100 prompts_per_step=128 kl_target={target} kl_horizon=2000 eval_prompts=750",
+                        (name,),
+                    )
+                    for target in (2, 5, 10, 20, 40)
+                ]
+    return jobs
+
+
 def rank() -> list[Job]:
-    """How much rank a policy's LoRA needs, at the same KL."""
-    keys = "model=RUNS/sft kl_target=5 kl_horizon=2000 kl_stop=12 max_new_tokens=48 eval_prompts=750"
+    """How much rank a policy's LoRA needs, at the same KL; with 352, tiny-gpt2's width, it can reach any weights."""
+    shape = "model=RUNS/sft prompt_tokens=[2,8] max_new_tokens=48 eval_prompts=750"
+    keys = f"{shape} kl_target=5 kl_horizon=2000 kl_stop=12"
     return [
         Job("sft", "sft sft-tiny"),
         *(
             Job(f"r{r}-s{seed}", f"ppo ppo-tiny {keys} seed={seed} lora.r={r} lora.alpha={2 * r}", ("sft",))
             for seed in range(3)
-            for r in (1, 4, 16, 64)
+            for r in (1, 4, 16, 64, 352)
         ),
     ]
 
 
 EXPERIMENTS: dict[str, Callable[[], list[Job]]] = {
-    f.__name__: f for f in (summaries, explanations, continuations, frontier, rank)
+    f.__name__: f for f in (summaries, explanations, continuations, frontier, overoptimization, rank)
 }
 
 
