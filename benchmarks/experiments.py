@@ -63,13 +63,11 @@ def summaries() -> list[Job]:
     methods = {
         "prefix-full": "lr=1e-2 epochs=8",
         "prefix": "lr=1e-2 epochs=8",
-        "prefix-full-3": "lr=3e-3 epochs=8",
-        "prefix-3": "lr=3e-3 epochs=8",
         "lora": "lr=2e-3 epochs=4",
         "full": "lr=1e-3 epochs=4",
     }
     return [
-        Job(f"{name}-s{seed}", f"summarize summarize-tiny method={name.removesuffix('-3')} {keys} {seeded}{seed}")
+        Job(f"{name}-s{seed}", f"summarize summarize-tiny method={name} {keys} {seeded}{seed}")
         for seed in range(3)
         for name, keys in methods.items()
     ]
@@ -137,7 +135,7 @@ def frontier() -> list[Job]:
     data = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl max_length=64"
     for seed in range(3):
         for target in (1.5, 3, 6, 9, 12):
-            aim = f"kl_target={target} kl_stop={2 * target + 2} seed={seed}"
+            aim = f"kl_target={target} kl_coef={max(0.15, 0.6 / target)} kl_stop={2 * target + 2} seed={seed}"
             jobs += [
                 Job(f"{how}-{target}-s{seed}", f"{how} {how}-tiny {steered} {aim} {size}", ("sft",))
                 for how, size in (

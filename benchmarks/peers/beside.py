@@ -76,9 +76,11 @@ class Side:
         )
         self.answers: list[dict[str, Any]] = []
         self.about = self._ask(json.dumps(asdict(job)))
+        print(f"{program}: built", file=sys.stderr)
 
     def step(self) -> None:
         self.answers.append(self._ask(""))
+        print(f"{self.program}: step {len(self.answers)}, {self.answers[-1]['seconds']:.2f} s", file=sys.stderr)
 
     def close(self) -> None:
         assert self.process.stdin
