@@ -4,7 +4,8 @@
 
 A job's run is runs/NAME/JOB, what it prints is in runs/NAME/JOB.log. What is done is not done again, and what was cut
 goes on from its checkpoint: give the same command again, on another machine too if runs/ is there. Last comes one JSON
-line a group of seeds: of each metric the mean, the least and the greatest of the seeds, or, of one, its 95% interval.
+line a group of seeds: of each metric the mean, the least and the greatest of the seeds, or, of one, its 95% interval;
+and of `overoptimization` a fit of proxy and judge to the KL for each reward model.
 Without a GPU give `--gpus cpu`.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -22,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 PROGRAM = [sys.executable, "-c", "from peftlab.cli import main; main()"]
 FIGURES = re.compile(r"(eval|rubric|compare)/")
@@ -257,6 +261,32 @@ def rows(jobs: list[Job], runs: Path) -> list[dict[str, Any]]:
     return found
 
 
+def gao_fits(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of runs named REWARD-klTARGET, a row a reward and score: d (alpha - beta ln d) through the score's gains.
+
+    d is the square root of the KL in nats (Gao et al. 2023, eq. 2); alpha and beta by least squares, with their R^2.
+    """
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in found:
+        reward, target, _ = str(row["group"]).partition("-kl")
+        for score in ("eval/judge", "eval/reward") if target else ():
+            gain = row[score][0] - row["before"][score]
+            points.setdefault((reward, score), []).append((math.sqrt(row["eval/kl"][0]), gain))
+    fits = []
+    for (reward, score), pairs in points.items():
+        d, gains = np.array(pairs).T
+        columns = np.stack([d, -d * np.log(d)], axis=1)
+        (alpha, beta), *_ = np.linalg.lstsq(columns, gains, rcond=None)
+        left = gains - columns @ [alpha, beta]
+        r2 = 1 - (left @ left) / ((gains - gains.mean()) @ (gains - gains.mean()))
+        best = max(pairs, key=lambda pair: pair[1])
+        fits.append(
+            {"fit": reward, "score": score, "points": len(pairs), "alpha": round(float(alpha), 4),
+             "beta": round(float(beta), 4), "r2": round(float(r2), 4), "best_at_kl": round(best[0] ** 2, 2)}
+        )
+    return fits
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=EXPERIMENTS)
@@ -275,7 +305,8 @@ def main() -> int:
         print("\n".join("peftlab " + " ".join(job.arguments(runs)) for job in jobs))
         return 0
     complete = execute(jobs, runs, Machine(given.gpus.split(",") * given.per_gpu))
-    for row in rows(jobs, runs):
+    found = rows(jobs, runs)
+    for row in [*found, *gao_fits(found)]:
         print(json.dumps(row))
     return 0 if complete else 1
 

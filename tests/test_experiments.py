@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def test_a_grid_runs_in_order_once_and_tells_its_figures(experiments, tmp_path, 
     assert (first["group"], first["eval/judge"]) == ("first", [0.25, 0, 1])
     assert (last["seeds"], last["eval/judge"], last["before"]) == (2, [0.75, 0.5, 1.0], {"eval/judge": 0.5})
     assert "time/step_s" not in last
+
+
+def test_a_fit_finds_the_curve_that_the_gains_lie_on(experiments):
+    def row(kl):
+        d = math.sqrt(kl)
+        gains = {"eval/judge": d * (0.5 - 0.2 * math.log(d)), "eval/reward": d * (1.5 + 0.1 * math.log(d))}
+        told = {score: [0.25 + gain, 0, 1] for score, gain in gains.items()}
+        return {"group": f"rm500-noisy-kl{kl}", "eval/kl": [kl], **told, "before": dict.fromkeys(gains, 0.25)}
+
+    plain = {"group": "rm500-noisy", "eval/pair_accuracy": [0.9]}
+    judge, proxy = experiments.gao_fits([plain, *map(row, (2, 5, 10, 20, 40))])
+    assert (judge["fit"], judge["score"], judge["points"]) == ("rm500-noisy", "eval/judge", 5)
+    assert (judge["alpha"], judge["beta"], judge["r2"], judge["best_at_kl"]) == (0.5, 0.2, 1.0, 20)
+    assert (proxy["alpha"], proxy["beta"], proxy["best_at_kl"]) == (1.5, -0.1, 40)
 
 
 def test_what_stands_on_a_failed_job_is_not_run(experiments, tmp_path, monkeypatch, capsys):
