@@ -21,8 +21,18 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
+NAMED = re.compile(r"\[([\w-]+\.md)\](?=\(\1[#)])")  # [ppo.md](ppo.md#tasks): the site puts the heading in its place
 OUTWARD = re.compile(r"\]\(\.\./([\w./-]+)")  # docs/ is flat, so `../` is the repository's root
 SOURCES = "file"  # the folder of the site that holds the files linked to
+
+STYLED = {
+    "<table>": '<div class="table-wrapper"><table class="docutils">',
+    "</table>": "</table></div>",
+    "<code>": '<code class="docutils literal">',
+    '<pre><code class="docutils literal">': '<div class="highlight"><pre><code>',
+    '<pre><code class="language': '<div class="highlight"><pre><code class="language',
+    "</pre>": "</pre></div>",
+}
 
 project = "PEFT Lab"
 release = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
@@ -30,6 +40,7 @@ extensions = ["myst_parser"]
 myst_heading_anchors = 4
 myst_url_schemes = {"http": None, "https": None, "ours": f"{SOURCES}/{{{{path}}}}.html#{{{{fragment}}}}"}
 highlight_language = "text"
+smartquotes = False
 
 html_theme = "furo"
 html_title = f"PEFT Lab {release}"
@@ -39,9 +50,9 @@ html_theme_options = {"top_of_page_buttons": []}
 html_copy_source = html_show_copyright = html_show_sphinx = html_use_index = False
 
 
-def to_ours(app: Any, page: str, source: list[str]) -> None:
-    """`](../PATH` becomes `](ours:PATH`, the address of a page that `pages_of_ours` makes."""
-    source[0] = OUTWARD.sub(r"](ours:\1", source[0])
+def for_the_site(app: Any, page: str, source: list[str]) -> None:
+    """Links as a site has them; `](../PATH` leads to a page that `pages_of_ours` makes."""
+    source[0] = NAMED.sub("[]", OUTWARD.sub(r"](ours:\1", source[0]))
 
 
 def pages_of_ours(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -62,9 +73,9 @@ def rendered(text: str) -> str:
     body = MarkdownIt("commonmark").enable("table").render(text)
     body = re.sub(r'href="docs/([\w-]+)\.md', r'href="../\1.html', body)
     body = re.sub(r'href="(\w+\.md)', r'href="\1.html', body)
-    return body.replace("<table>", '<div class="table-wrapper"><table class="docutils">').replace(
-        "</table>", "</table></div>"
-    )
+    for plain, styled in STYLED.items():  # as Sphinx would have written it
+        body = body.replace(plain, styled)
+    return body
 
 
 def anchored(block: str, text: str) -> str:
@@ -85,6 +96,6 @@ def definitions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, int]]:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    app.connect("source-read", to_ours)
+    app.connect("source-read", for_the_site)
     app.connect("html-collect-pages", pages_of_ours)
     return {"parallel_read_safe": False}
