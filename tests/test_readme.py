@@ -1,6 +1,7 @@
-"""The README's commands in a row, as a reader would type them, on models and data of seconds; and its lines of Python.
+"""The README's commands in a row, as a reader would type them, on models and data of seconds; its lines of Python; and
+the quick half of docs/bring-your-own.md as it is printed.
 
-Its shell block is run by test_tasks_custom.py; that each command of the documents can be typed is test_docs.py's.
+The README's shell block is run by test_tasks_custom.py; that each command can be typed is test_docs.py's.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,8 @@ def vowels(prompts, completions, records):
 OWN = {"reward": {"train_data", "eval_data"}, "dpo": {"train_data", "eval_data"}}  # pairs of the README's own making
 MORE = {"ppo": ["reward={reward}", "judge={judge}"], "rloo": ["reward={reward}", "judge={judge}"]}
 MORE |= {"dpo": ["judge={judge}"], "sft": [], "reward": [], "classify": []}
+# What differs between machines in the output of bring-your-own.md, and what the page leaves out.
+MACHINES = r"\.\.\.|^\$ .*|^\w+: done in .*|^eval/(?:ece|loss) .*|\d\.\d+e-07"
 
 
 def small(line: str, shop: dict[str, str]) -> list[str]:
@@ -98,3 +102,23 @@ def test_the_lines_of_python_print_two_texts_and_their_log_probabilities(capsys)
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.startswith("['") and "tensor([-" in printed
+
+
+def test_bring_your_own_prints_what_the_page_says(tmp_path, monkeypatch):
+    """Its shell blocks, the model that it makes, and the checks and figures of both."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "bring-your-own.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^`{3}(\w*)\n(.*?)^`{3}", page, re.M | re.S)
+    for kind, text in blocks:
+        if kind == "sh":
+            subprocess.run(["bash", "-euc", text], check=True)
+    exec(compile(next(text for kind, text in blocks if "save_pretrained" in text), "my_model.py", "exec"), {})
+    tried = 0
+    for said in re.split(r"^\$ peftlab ", "".join(text for kind, text in blocks if not kind), flags=re.M)[1:]:
+        line, _, shown = said.partition("\n")
+        if line.startswith(("data ", "classify ", "doctor ")):
+            printed = " ".join(peftlab(line).out.split())
+            for part in re.split(MACHINES, shown, flags=re.M):
+                assert " ".join(part.split()) in printed, line
+            tried += 1
+    assert tried == 4
