@@ -32,7 +32,7 @@ export PYTHONDONTWRITEBYTECODE :=
 UV_INSTALL := $(BIN)/uv pip install --python $(BIN)/python
 PIP_INSTALL := $(BIN)/python -m pip install
 
-.PHONY: help setup demo demo-full test lint types bench lock clean
+.PHONY: help setup demo demo-full test lint types docs bench lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,6 +54,10 @@ lint: $(STAMP)  ## ruff
 
 types: $(STAMP)  ## mypy, strict in ops, rl and sampling
 	@$(BIN)/mypy
+
+docs: $(STAMP)  ## the site of docs/, into build/docs; a warning is an error
+	@$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 bench: $(STAMP)  ## speed and memory, one JSON line a row (PEER=--peer: beside TRL and generate)
 	@set -eu; for program in decode ppo_step memory; do \

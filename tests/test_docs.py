@@ -1,10 +1,11 @@
-"""What the documents tell can be typed: commands, configs, keys, links, paths and Python. docs/metrics.md has its
-own test in test_runs_metrics.py."""
+"""What documents and help tell can be typed: commands, configs, keys, links, paths and Python; and they tell the same
+verbs. docs/metrics.md has its own test in test_runs_metrics.py, the README's commands run in test_readme.py."""
 
 from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +24,10 @@ PAGES = {
     page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
     for page in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 }
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```", re.M | re.S)
 GROUP = typer.main.get_command(cli.app)
 COMMAND = re.compile(r"^(?:\$ )?(?:\.venv/bin/)?peftlab ")
+DEFINITIONS = runpy.run_path(str(ROOT / "docs" / "conf.py"))["definitions"]
 # Capitals stand for what the reader fills in: NAME, FILE, KIND.
 BLANK = re.compile(r"^[A-Z]{2,}$")
 
@@ -115,9 +117,54 @@ def test_a_command_that_cannot_be_typed_is_found(line):
         check(line)
 
 
+def verbs(group=GROUP, *outer: str) -> Iterator[tuple[str, object]]:
+    """("data check", its command) of every verb and group of verbs."""
+    for name, command in group.commands.items():
+        yield " ".join([*outer, name]), command
+        if hasattr(command, "commands"):
+            yield from verbs(command, *outer, name)
+
+
+VERBS = dict(verbs())
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_every_help_shows_examples_that_can_be_typed(verb):
+    title, *lines = VERBS.get(verb, GROUP).epilog.split("\n\n")
+    assert title.rstrip("s:") == "Example" and lines
+    for line in lines:
+        assert f"{line} ".startswith(f"peftlab {verb} ".replace("  ", " ")), line
+        check(COMMAND.sub("", line))
+    shown = " ".join(peftlab(f"{verb} --help").out.split())
+    assert all(line in shown for line in lines)
+
+
+def test_the_documents_show_every_verb():
+    told = [line for _, line, _ in TYPED] + [line for _, line in inline()]
+    assert [verb for verb in VERBS if not any(f"{line} ".startswith(f"{verb} ") for line in told)] == []
+
+
+def test_every_page_stands_in_one_toctree():
+    index = PAGES["docs/index.md"]
+    trees = [body.splitlines() for kind, body in FENCE.findall(index) if kind == "{toctree}"]
+    lines = [line for tree in trees for line in tree if line and not line.startswith(":")]
+    listed = [re.sub(r".*<(.+)>", r"\1", line) for line in lines]  # TITLE <PAGE>
+    pages = [name.removeprefix("docs/").removesuffix(".md") for name in PAGES if name.startswith("docs/")]
+    assert sorted(["index", *listed]) == sorted(pages)
+    assert [page for page in listed if f"]({page}.md)" not in index] == [], "a repository's reader sees no toctree"
+
+
 def slug(heading: str) -> str:
     """The anchor of a heading, as the forges make it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may name behind a #: headings of a page, functions and classes of a program."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return {name for name, _ in DEFINITIONS(ast.parse(text))}
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.M)}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -130,8 +177,7 @@ def test_links_lead_somewhere(page):
         path = (ROOT / page).parent / place if place else ROOT / page
         assert path.exists(), f"{page}: {target}"
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.M)
-            assert anchor in map(slug, headings), f"{page}: {target}"
+            assert anchor in anchors(path), f"{page}: {target}"
 
 
 @pytest.mark.parametrize("page", sorted(set(PAGES) - {"LOG.md"}))

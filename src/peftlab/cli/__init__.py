@@ -9,10 +9,12 @@ import typer
 
 from ..errors import Interrupted, LabError, UserError
 from . import chat, data, runs, serve, training, use
+from .shared import examples
 
 app = typer.Typer(
     name="peftlab",
     help="Shape the behaviour of language models with adapters on one frozen base.",
+    epilog=examples("peftlab demo", "peftlab sft sft-tiny", "peftlab ppo ppo-tiny --dry-run"),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -8,14 +8,22 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .shared import Device, Json, cell, loading, print_rows
+from .shared import Device, Json, cell, examples, loading, print_rows
 
 app = typer.Typer()
-personas_app = typer.Typer(help="List, show, make and check personas.", no_args_is_help=True)
+personas_app = typer.Typer(
+    help="List, show, make and check personas.",
+    epilog=examples("peftlab personas list", "peftlab personas show critic"),
+    no_args_is_help=True,
+)
 app.add_typer(personas_app, name="personas")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "peftlab chat runs/sft-tiny", "peftlab chat --persona critic", "peftlab chat tiny-gpt2 --reward rubric:length"
+    )
+)
 def chat(
     stack: Annotated[
         str | None, typer.Argument(help="a model or adapter: a name or a folder [default: smollm2-135m]")
@@ -29,17 +37,14 @@ def chat(
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """Talk with a model, an adapter or a persona; /help lists what you can do there.
-
-    peftlab chat runs/sft-tiny          peftlab chat --persona critic          peftlab chat --persona auto
-    """
+    """Talk with a model, an adapter or a persona; /help lists what you can do there."""
     loading()
     from ..recipes.chat import open_chat
 
     open_chat(stack, persona, system, seed, device, reward, router).run()
 
 
-@personas_app.command("list")
+@personas_app.command("list", epilog=examples("peftlab personas list"))
 def personas_list(as_json: Json = False) -> None:
     """List the personas in ./personas, in the home folder and in the package; the first of a name counts."""
     from ..models.personas import load_persona, persona_files
@@ -56,7 +61,7 @@ def personas_list(as_json: Json = False) -> None:
     print_rows(rows, as_json)
 
 
-@personas_app.command("show")
+@personas_app.command("show", epilog=examples("peftlab personas show critic"))
 def personas_show(name: Annotated[str, typer.Argument(help="a persona's name, or its file")]) -> None:
     """Show a persona as its file would spell it, with its decoding whole."""
     from ..models.personas import as_file, load_persona
@@ -64,7 +69,13 @@ def personas_show(name: Annotated[str, typer.Argument(help="a persona's name, or
     print(as_file(load_persona(name)), end="")
 
 
-@personas_app.command("new")
+@personas_app.command(
+    "new",
+    epilog=examples(
+        "peftlab personas new polite --base tiny-gpt2 --adapter tiny-enthusiast",
+        "peftlab personas new mixed --adapter runs/one=0.6 --adapter runs/two=0.4",
+    ),
+)
 def personas_new(
     name: Annotated[str, typer.Argument(help="its name; the file is personas/NAME.toml")],
     base: Annotated[str, typer.Option(help="the model that its adapters stand on")] = "smollm2-135m",
@@ -81,7 +92,7 @@ def personas_new(
     print(new_persona(name, base, adapter or [], system, description, home))
 
 
-@personas_app.command("check")
+@personas_app.command("check", epilog=examples("peftlab personas check", "peftlab personas check mine.toml"))
 def personas_check(
     names: Annotated[list[str] | None, typer.Argument(help="names or .toml files; default: all of them")] = None,
 ) -> None:

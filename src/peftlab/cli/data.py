@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .shared import Device, Json, Overrides, loading, print_rows, print_value
+from .shared import Device, Json, Overrides, examples, loading, print_rows, print_value
 
 app = typer.Typer()
-data_app = typer.Typer(help="Check, preview and build data.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Check, preview and build data.",
+    epilog=examples("peftlab data check rows.jsonl --for sft", "peftlab data preview imdb:train --for sft"),
+    no_args_is_help=True,
+)
 app.add_typer(data_app, name="data")
 
 
-@app.command()
+@app.command(epilog=examples("peftlab pull imdb smollm2-135m"))
 def pull(names: Annotated[list[str], typer.Argument(help="imdb, minilm-distilbert, smollm2-135m")]) -> None:
     """Fetch data and models into the cache ahead of time (they are fetched on first use anyway)."""
     from ..recipes.tools import pull_names
@@ -23,7 +27,7 @@ def pull(names: Annotated[list[str], typer.Argument(help="imdb, minilm-distilber
         print(f"{name}: {path}")
 
 
-@app.command()
+@app.command(epilog=examples("peftlab models", "peftlab models --json"))
 def models(as_json: Json = False) -> None:
     """List the models and adapters that load by name."""
     from ..recipes.tools import model_rows
@@ -34,7 +38,13 @@ def models(as_json: Json = False) -> None:
     print_rows(rows, as_json)
 
 
-@data_app.command("check")
+@data_app.command(
+    "check",
+    epilog=examples(
+        "peftlab data check rows.jsonl --for sft",
+        "peftlab data check stars.csv --for classify --columns text=review --labels bad,good",
+    ),
+)
 def data_check(
     file: Annotated[str, typer.Argument(help="a JSONL, CSV or Parquet file")],
     kind: Annotated[str, typer.Option("--for", help="sft, classify, summarize, preferences or prompts")],
@@ -55,7 +65,13 @@ def data_check(
         raise typer.Exit(2)
 
 
-@data_app.command("preview")
+@data_app.command(
+    "preview",
+    epilog=examples(
+        "peftlab data preview rows.jsonl --for sft --model tiny-gpt2 max_length=128",
+        "peftlab data preview imdb:train --for classify --rows 1",
+    ),
+)
 def data_preview(
     spec: Annotated[str, typer.Argument(help="data as in a config: a file, imdb:train, OWNER/NAME:SPLIT")],
     kind: Annotated[str, typer.Option("--for", help="sft, classify, summarize, preferences or prompts")],
@@ -83,7 +99,9 @@ def data_preview(
 def _build_verb(what: str, summary: str) -> None:
     """`peftlab data WHAT`, the same options for every data set that is built from the reviews."""
 
-    @data_app.command(what, help=summary)
+    example = f"peftlab data {what} --rows 200 --held-out 50 --output {what}"
+
+    @data_app.command(what, help=summary, epilog=examples(example))
     def command(
         output: Annotated[Path, typer.Option(help="folder to write into")],
         maker: Annotated[str, typer.Option(help="extractive, model, or both: the first serves where the model fails")]
@@ -114,7 +132,13 @@ for _verb, _summary in {
     _build_verb(_verb, _summary)
 
 
-@data_app.command("preferences")
+@data_app.command(
+    "preferences",
+    epilog=examples(
+        "peftlab data preferences --policy tiny-gpt2 --prompts mine.jsonl --scorer imdb-sentiment --output mine",
+        "peftlab data preferences --policy runs/sft-tiny --prompts imdb:train --prompt-tokens 2,8 --output pairs",
+    ),
+)
 def data_preferences(
     policy: Annotated[str, typer.Option(help="a causal model or adapter that answers: a name or a folder")],
     prompts: Annotated[str, typer.Option(help="data as in a config: imdb:train, imdb-explanations:train, a file")],

@@ -9,10 +9,14 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .shared import RUNS, Device, Json, cell, loading, print_rows, print_value, short
+from .shared import RUNS, Device, Json, cell, examples, loading, print_rows, print_value, short
 
 app = typer.Typer()
-runs_app = typer.Typer(help="List, compare and prune the runs below runs/.", invoke_without_command=True)
+runs_app = typer.Typer(
+    help="List, compare and prune the runs below runs/.",
+    epilog=examples("peftlab runs", "peftlab runs diff sft-tiny ppo-tiny", "peftlab runs prune --dry-run"),
+    invoke_without_command=True,
+)
 app.add_typer(runs_app, name="runs")
 
 
@@ -23,7 +27,7 @@ def runs(context: typer.Context, as_json: Json = False) -> None:
         runs_list(as_json)
 
 
-@runs_app.command("list")
+@runs_app.command("list", epilog=examples("peftlab runs list --json"))
 def runs_list(as_json: Json = False) -> None:
     """List the runs below runs/ and how they ended."""
     from ..runs.rundir import list_runs
@@ -35,7 +39,7 @@ def runs_list(as_json: Json = False) -> None:
     print_rows(rows, as_json)
 
 
-@runs_app.command("diff")
+@runs_app.command("diff", epilog=examples("peftlab runs diff sft-tiny ppo-tiny"))
 def runs_diff(
     a: Annotated[str, typer.Argument(help="a run's name below runs/, or its folder")],
     b: Annotated[str, typer.Argument(help="another")],
@@ -63,7 +67,12 @@ def runs_diff(
     )
 
 
-@runs_app.command("prune")
+@runs_app.command(
+    "prune",
+    epilog=examples(
+        "peftlab runs prune --dry-run", "peftlab runs prune --keep 3 --yes", "peftlab runs prune --status failed"
+    ),
+)
 def runs_prune(
     keep: Annotated[int, typer.Option(help="leave the newest so many of them alone")] = 0,
     status: Annotated[
@@ -116,7 +125,7 @@ def _ask(count: int, size: int, as_json: bool) -> None:
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog=examples("peftlab report ppo-tiny"))
 def report(run: Annotated[str, typer.Argument(help="a run's name below runs/, or its folder")]) -> None:
     """Render a run's report.html again and print its path."""
     from ..report import render
@@ -125,7 +134,9 @@ def report(run: Annotated[str, typer.Argument(help="a run's name below runs/, or
     print(render(find_run(RUNS, run)))
 
 
-@app.command()
+@app.command(
+    epilog=examples("peftlab inspect ppo-tiny --list", "peftlab inspect ppo-tiny --step 20 --prompt 0 --by kl")
+)
 def inspect(
     run: Annotated[str, typer.Argument(help="a run's name below runs/, or its folder")],
     step: Annotated[int | None, typer.Option(help="default: the last one recorded")] = None,
@@ -140,7 +151,12 @@ def inspect(
     run_inspect(RUNS, run, step, prompt, by, listed, as_json)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "peftlab export ppo-tiny --as adapter --output my-adapter",
+        "peftlab export ppo-tiny --as merged --output my-model",
+    )
+)
 def export(
     source: Annotated[str, typer.Argument(help="a run, adapter or model: a name or a folder")],
     form: Annotated[str, typer.Option("--as", help="adapter, merged, hub-folder or gguf-ready")],
@@ -168,7 +184,7 @@ def export(
         print(f"\nnext, beside a clone of llama.cpp:\n  {done['next']}")
 
 
-@app.command()
+@app.command(epilog=examples("peftlab push ppo-tiny OWNER/NAME"))
 def push(
     source: Annotated[str, typer.Argument(help="a run, adapter or model: a name or a folder")],
     repo_id: Annotated[str, typer.Argument(help="on the Hub: OWNER/NAME")],
@@ -183,7 +199,7 @@ def push(
     print_value(done, as_json)
 
 
-@app.command()
+@app.command(epilog=examples("peftlab doctor", "peftlab doctor ppo-tiny --json"))
 def doctor(
     stack: Annotated[str, typer.Argument(help="a run, model or adapter to check")] = "tiny-gpt2",
     device: Device = "auto",

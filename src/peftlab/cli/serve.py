@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
-from .shared import Device, loading
+from .shared import Device, examples, loading
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "peftlab serve tiny-gpt2 runs/ppo-tiny imdb-sentiment",
+        "peftlab serve runs/ppo-tiny --host 0.0.0.0 --api-key-file key.txt",
+    )
+)
 def serve(
     stacks: Annotated[
         list[str] | None,
@@ -36,7 +41,7 @@ def serve(
 ) -> None:
     """Serve models by OpenAI's API, and a page to talk with them and compare them.
 
-    Each name is a model: `peftlab serve tiny-gpt2 runs/ppo-tiny imdb-sentiment`. Those of one base share it.
+    Each name is a model. Those of one base share it.
     """
     loading()
     from ..recipes.serve import ServeOptions

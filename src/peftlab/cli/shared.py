@@ -17,6 +17,11 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a tabl
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 
 
+def examples(*commands: str) -> str:
+    """The end of a verb's help: commands to type, one a line. tests/test_docs.py checks that each can be typed."""
+    return "\n\n".join(["Examples:" if len(commands) > 1 else "Example:", *commands])
+
+
 def loading() -> None:
     """The libraries take seconds to import, and a model some more: on a terminal that is said at once."""
     if sys.stderr.isatty():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .shared import RUNS, Json, Overrides, loading, print_plan, print_summary
+from .shared import RUNS, Json, Overrides, examples, loading, print_plan, print_summary
 
 app = typer.Typer()
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress; what went wrong is still said")]
@@ -23,10 +23,10 @@ def _begin(quiet: bool) -> None:
         loading()
 
 
-def _training_verb(verb: str, summary: str) -> None:
+def _training_verb(verb: str, summary: str, *commands: str) -> None:
     """`peftlab VERB [CONFIG] [key=value ...]`, the same for every recipe that trains."""
 
-    @app.command(verb, help=summary)
+    @app.command(verb, help=summary, epilog=examples(*commands))
     def command(
         config: Annotated[str | None, typer.Argument(help="a TOML file, a shipped config's name, or key=value")] = None,
         overrides: Overrides = None,
@@ -50,20 +50,62 @@ def _training_verb(verb: str, summary: str) -> None:
             print_summary(result, as_json)
 
 
-for _verb, _summary in {
-    "pretrain": "Train a small language model from scratch on the training reviews.",
-    "sft": "Fine-tune a language model with LoRA on text.",
-    "classify": "Fine-tune a classifier with LoRA.",
-    "summarize": "Teach an encoder-decoder to summarize: prefix tuning, LoRA, or all weights.",
-    "reward": "Train a reward model on pairs of answers: which one is preferred?",
-    "ppo": "Steer a language model with PPO: only its adapter learns.",
-    "rloo": "Steer a language model by several answers to each prompt, without a critic: only its adapter learns.",
-    "dpo": "Steer a language model with pairs of answers, without a reward model: only its adapter learns.",
-}.items():
-    _training_verb(_verb, _summary)
+for _verb, *_told in (
+    (
+        "pretrain",
+        "Train a small language model from scratch on the training reviews.",
+        "peftlab pretrain pretrain-tiny-gpt2",
+        "peftlab pretrain train_data=texts.jsonl eval_data=held-out.jsonl --run mine",
+    ),
+    (
+        "sft",
+        "Fine-tune a language model with LoRA on text.",
+        "peftlab sft sft-tiny",
+        "peftlab sft sft-tiny train_data=mine.jsonl eval_data=held-out.jsonl --run mine",
+        "peftlab sft sft-tiny --resume",
+    ),
+    (
+        "classify",
+        "Fine-tune a classifier with LoRA.",
+        "peftlab classify classify-distilbert",
+        "peftlab classify train_data=mine.jsonl eval_data=held-out.jsonl labels=bug,praise",
+    ),
+    (
+        "summarize",
+        "Teach an encoder-decoder to summarize: prefix tuning, LoRA, or all weights.",
+        "peftlab summarize summarize-tiny",
+        "peftlab summarize summarize-tiny method=lora",
+    ),
+    (
+        "reward",
+        "Train a reward model on pairs of answers: which one is preferred?",
+        "peftlab reward reward-tiny",
+        "peftlab reward reward-tiny members=3 combine=min",
+    ),
+    (
+        "ppo",
+        "Steer a language model with PPO: only its adapter learns.",
+        "peftlab ppo ppo-tiny model=runs/sft-tiny want=negative",
+        "peftlab ppo ppo-tiny reward=runs/reward-tiny kl_target=6",
+        "peftlab ppo ppo-tiny --dry-run",
+    ),
+    (
+        "rloo",
+        "Steer a language model by several answers to each prompt, without a critic: only its adapter learns.",
+        "peftlab rloo rloo-tiny model=runs/sft-tiny",
+        "peftlab rloo rloo-tiny samples_per_prompt=8 prompts_per_step=16",
+    ),
+    (
+        "dpo",
+        "Steer a language model with pairs of answers, without a reward model: only its adapter learns.",
+        "peftlab dpo dpo-tiny",
+        "peftlab dpo dpo-tiny loss=ipo train_data=mine.jsonl eval_data=held-out.jsonl",
+    ),
+):
+    _training_verb(_verb, *_told)
 
 
-@app.command()
+@app.command(epilog=examples("peftlab demo", "peftlab demo --full", "peftlab demo --resume"))
 def demo(
     run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a demo that was stopped")] = False,
@@ -78,7 +120,7 @@ def demo(
     run_demo(RUNS, run, full=full, resume=resume, as_json=as_json)
 
 
-@app.command()
+@app.command(epilog=examples("peftlab configs", "peftlab configs ppo-tiny"))
 def configs(name: Annotated[str | None, typer.Argument(help="show this config's text")] = None) -> None:
     """List the shipped configs, or show one."""
     from ..config import shipped_configs

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .shared import RUNS, Device, Json, interval, loading, print_rows, print_value
+from .shared import RUNS, Device, Json, examples, interval, loading, print_rows, print_value
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(epilog=examples('peftlab generate runs/ppo-tiny --prompt "This film" -n 3'))
 def generate(
     stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")],
     prompt: Annotated[str, typer.Option(help="the text to continue")] = "",
@@ -38,7 +38,12 @@ def generate(
             print(sanitize(row["prompt"] + row["text"]) + "\n")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        'peftlab predict imdb-sentiment --text "A lovely, lovely film."',
+        "peftlab predict runs/reward-tiny --input answers.jsonl --output scores.jsonl",
+    )
+)
 def predict(
     adapter: Annotated[str, typer.Argument(help="an adapter: a bundled name or a folder")],
     text: Annotated[str | None, typer.Option(help="predict this one text")] = None,
@@ -56,7 +61,14 @@ def predict(
     run_predict(adapter, text, input, output, device)
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog=examples(
+        "peftlab eval imdb-judge --data imdb:test --limit 200",
+        "peftlab eval ppo-tiny --against tiny-gpt2 --limit 50",
+        "peftlab eval ppo-tiny rloo-tiny --frontier",
+    ),
+)
 def evaluate(
     stacks: Annotated[list[str], typer.Argument(help="a run, model or adapter; several runs with --frontier")],
     data: Annotated[
@@ -110,7 +122,7 @@ def evaluate(
                   "95% interval": interval(found, name)} for name, value in found["metrics"].items()], False)
 
 
-@app.command()
+@app.command(epilog=examples("peftlab label pairs.jsonl", "peftlab label pairs.jsonl --web"))
 def label(
     prefs: Annotated[Path, typer.Argument(help="JSONL rows with prompt, chosen and rejected")],
     output: Annotated[Path | None, typer.Option(help="journal of the choices; default: PREFS.labels.jsonl")] = None,
