@@ -272,6 +272,11 @@ def test_eval_of_a_text_model_on_labelled_pairs_is_the_rubric(place, shop):
     assert found["rows"] == 3 and found["metrics"].keys() == found["intervals"].keys()
     assert found["metrics"].keys() >= {"rubric/label", "rubric/evidence", "rubric/all"}
     assert "eval/perplexity" not in found["metrics"]
+    long = {"prompt": "a film " * 60, "completion": " yes", "label": 1}
+    some = peftlab(f"eval {shop['gpt2']} --data {tiny.write_rows(place / 'some.jsonl', [*rows, long])} --device cpu --json")
+    assert json.loads(some.out)["rows"] == 6 and "1 of 7 prompts are left out" in some.err
+    none = peftlab(f"eval {shop['gpt2']} --data {tiny.write_rows(place / 'none.jsonl', [long])} --device cpu")
+    assert none.code == 2 and "every prompt is longer than" in none.err
     mixed = tiny.write_rows(place / "mixed.jsonl", [*rows, {"text": "a film"}])
     bare = tiny.write_rows(place / "bare.jsonl", [{"prompt": "a", "completion": "b"}])
     for file in (mixed, bare):

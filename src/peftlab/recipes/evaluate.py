@@ -14,10 +14,10 @@ import numpy as np
 
 from ..data.records import PromptCompletion, Text
 from ..data.sources import load_records
-from ..data.tokenize import document_ids, pack
+from ..data.tokenize import document_ids, encode, pack
 from ..errors import UserError
 from ..evaluation.classification import classification_intervals, classification_metrics
-from ..evaluation.explanations import evaluate_explanations
+from ..evaluation.explanations import GREEDY, evaluate_explanations
 from ..evaluation.pairs import ScoredPairs, longer_wins, pair_intervals, pair_metrics
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
 from ..evaluation.summaries import SummaryFormat, score_summaries, summarize
@@ -25,7 +25,9 @@ from ..models.adapters import kind_of, load_stack
 from ..models.backbone import Backbone
 from ..models.classifier import TextClassifier, own_labels
 from ..models.reward_model import RewardModel
+from ..runs.progress import say
 from ..sampling.sampler import Sampler
+from .common import too_long
 from .frontier import draw_frontier
 from .policy_eval import compare_policy, evaluate_policy
 from .policy_options import PolicyOptions
@@ -138,8 +140,23 @@ def _language_model(name: str, data: str, limit: int | None, device: str, column
             "`prompt`, `completion` and `label`, for the rubric of explanations"
         )
     backbone, _ = load_stack(name, device=device)
+    if asked:
+        rows = _fitting(backbone, data, rows)
     found = _rubric(backbone, rows) if asked else _perplexity(backbone, [row.text for row in rows])
     return {"rows": len(rows), "sha256": records.sha256, **found}
+
+
+def _fitting(backbone: Backbone, data: str, rows: list[PromptCompletion]) -> list[PromptCompletion]:
+    """Those whose prompt leaves room for an answer; how many do not is told. UserError where none does."""
+    longest = int(backbone.model.config.max_position_embeddings) - GREEDY.max_new_tokens
+    lengths = map(len, encode([row.prompt for row in rows], backbone.tokenizer))
+    fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= longest]
+    why = too_long(longest, f"an answer of {GREEDY.max_new_tokens}")
+    if not fitting:
+        raise UserError(f"data {data}: every prompt is {why}")
+    if len(fitting) < len(rows):
+        say(f"{data}: {len(rows) - len(fitting)} of {len(rows)} prompts are left out: {why}")
+    return fitting
 
 
 def _rubric(backbone: Backbone, rows: list[PromptCompletion]) -> dict[str, Any]:
