@@ -43,8 +43,7 @@ def main() -> None:
 
 
 def _fail(message: object, code: int) -> None:
-    from ..runs.progress import say
-    from ..runs.sanitize import sanitize
+    from ..runs.progress import complain
 
-    say(f"peftlab: {sanitize(str(message))}")
+    complain(f"peftlab: {message}")
     sys.exit(code)

@@ -26,10 +26,12 @@ from ..rl.rollout import PromptBatch, Rollout, rows_per_pass
 from ..rl.trainer import PolicyTrainer, UpdateSettings
 from ..runs.metrics import first_ratio_limit
 from ..runs.progress import Progress, say
+from ..runs.ranks import rank
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
 from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
 from .common import note_function, note_model, resume_point
+from .several import divided, of_first, stop_requested
 from .tasks import TASKS
 from .tasks.config import TaskConfig
 from .tasks.task import WHOLE
@@ -101,6 +103,8 @@ def policy_base(config: PolicyConfig, run: RunDir) -> tuple[Backbone, Stack]:
             f"model {config.model}: a {under.kind}; {config.recipe} needs a causal language model or its adapter"
         )
     longest_prompt(config, backbone.model)
+    divided("prompts_per_step", config.prompts_per_step)
+    divided("minibatch_size", config.minibatch_size)
     note_model(run, "model", config.model, backbone.fingerprint)
     return backbone, under
 
@@ -121,6 +125,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
     state = _read_state(checkpoint) if checkpoint else None
     if state is None:
         reward = _normalised(reward, sampler, train, decoding, config.seed)
+        reward = reward.with_state(of_first(reward.state))
         _score_one(reward, sampler, held_out, decoding, config.seed)
     else:
         reward = reward.with_state(state["reward"])
@@ -152,7 +157,7 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
             run.append_rollouts(_records(rollout, critic | token_tensors, job.sampler, step))
         if config.kl_stop and stats["kl/reference"] > config.kl_stop:
             reason = f"kl/reference {stats['kl/reference']:.2f} passed kl_stop {config.kl_stop} at step {step}"
-        signum = run.stop_requested
+        signum = stop_requested(run)
         if signum or reason or step % config.save_every == 0 or step == config.steps:
             _write_state(run, step, {"trainer": trainer.state_dict(), "reward": job.reward.state(), "reason": reason})
         if signum:
@@ -313,6 +318,8 @@ def _records(rollout: Rollout, tensors: dict[str, torch.Tensor], sampler: Sample
 
 
 def _write_state(run: RunDir, step: int, state: dict[str, Any]) -> None:
+    if rank():
+        return
     with run.checkpoints.stage(step) as folder:
         torch.save(state, folder / "state.pt")
 

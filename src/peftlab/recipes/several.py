@@ -1,0 +1,96 @@
+"""A job in several processes, as accelerate or torchrun starts it: they join, the first decides, all leave together.
+
+Every process does the whole of a recipe, but shares the sampling and the gradients; only the first writes the run's
+folder. The others have a folder of their own, which is thrown away: so no recipe asks which process it is in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import Interrupted, UserError
+from ..models.backbone import pick_device
+from ..ops import ranks
+from ..rl.ranks import together
+from ..runs.ranks import local_rank, rank, world_size
+from ..runs.rundir import RunDir
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[None]:
+    """The processes as one group while the block runs, each with a GPU of its own where `device` is one."""
+    if world_size() == 1:
+        yield
+        return
+    chosen = pick_device(device)
+    if chosen.type == "mps" or chosen.index is not None:
+        raise UserError(f"device: {chosen} is one device, and there are {world_size()} processes; use cuda or cpu")
+    if chosen.type == "cuda":
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"process {rank()} is the {local_rank() + 1}th of this host, which has {torch.cuda.device_count()} "
+                "GPUs; launch one process a GPU"
+            )
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield
+    except Interrupted:
+        leave()
+        raise
+    leave()
+
+
+def leave() -> None:
+    """Nobody goes before all have come: a launcher that sees one process end by a signal stops the others."""
+    ranks.objects(None)
+    dist.destroy_process_group()
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """What `make` gives in the first process, in every one; where it fails there, it fails everywhere."""
+    found: T | None = None
+    with together():
+        if ranks.rank() == 0:
+            found = make()
+    return ranks.objects(found)[0]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def opened(root: Path, name: str, recipe: str, config_toml: str, resume: bool) -> Iterator[RunDir]:
+    """The run's folder, made or taken up again; in any process but the first one that stands for it."""
+    run: RunDir | None = None
+
+    def create() -> tuple[bool, dict[str, object] | None]:
+        nonlocal run
+        run = RunDir.create(root, name, recipe, config_toml, resume=resume)
+        return run.resumed, run.summary
+
+    resumed, summary = of_first(create)
+    if run is not None:
+        yield run
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stand_in = RunDir.create(Path(folder), name, recipe, config_toml)
+        stand_in.resumed, stand_in.summary = resumed, summary
+        yield stand_in
+
+
+def stop_requested(run: RunDir) -> int | None:
+    """The signal that asked any process to stop, None while all may go on. Asked by all at the same place."""
+    return max((signum for signum in ranks.objects(run.stop_requested) if signum), default=None)
+
+
+def divided(key: str, count: int) -> None:
+    """UserError where the processes cannot share `count` rows, as `key` of the config has it, evenly."""
+    if count % ranks.size():
+        raise UserError(f"{key}: {count} cannot be shared evenly by {ranks.size()} processes; give a multiple of that")
