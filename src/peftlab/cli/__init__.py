@@ -44,6 +44,8 @@ def main() -> None:
 
 def _fail(message: object, code: int) -> None:
     from ..runs.progress import complain
+    from ..runs.ranks import rank
 
-    complain(f"peftlab: {message}")
+    if not (rank() and isinstance(message, Interrupted)):  # all stop together, and the first one says how to go on
+        complain(f"peftlab: {message}")
     sys.exit(code)

@@ -38,6 +38,11 @@ def objects(mine: T) -> list[T]:
     return found  # type: ignore[return-value]
 
 
+def agreed(asked: int | None) -> int | None:
+    """What any process asked for, as of a signal: the largest number; None where none did. Each asks at one place."""
+    return max((number for number in objects(asked) if number), default=None)
+
+
 def add_up(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its sum over the processes, which all get the same bits. In one message."""
     if size() == 1 or not tensors:

@@ -15,7 +15,7 @@ from ..runs.progress import say, watched
 from ..runs.ranks import rank, world_size
 from ..runs.rundir import RunDir, ended_runs
 from . import load
-from .several import joined, of_first, opened
+from .several import joined, of_first, opened, require_shares
 
 
 def launch(
@@ -26,6 +26,7 @@ def launch(
     Raises Interrupted, with the command that continues the run, where a signal stopped it.
     """
     config, default = _resolve(verb, source, overrides)
+    require_shares(config)
     with joined(config.device):
         name = name or of_first(lambda: free_name(root, default, resume, config))
         try:

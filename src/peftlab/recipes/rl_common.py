@@ -19,6 +19,7 @@ from ..models.adapters import Stack, kind_of, load_stack, save_adapter, stack_ov
 from ..models.backbone import Backbone, pick_device
 from ..models.catalog import resolve
 from ..models.roles import POLICY, Roles
+from ..ops import ranks
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of, terms
 from ..rl.control import AdaptiveKL, FixedKL
@@ -31,7 +32,7 @@ from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
 from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
 from .common import note_function, note_model, resume_point
-from .several import divided, of_first, stop_requested
+from .several import of_first
 from .tasks import TASKS
 from .tasks.config import TaskConfig
 from .tasks.task import WHOLE
@@ -103,8 +104,6 @@ def policy_base(config: PolicyConfig, run: RunDir) -> tuple[Backbone, Stack]:
             f"model {config.model}: a {under.kind}; {config.recipe} needs a causal language model or its adapter"
         )
     longest_prompt(config, backbone.model)
-    divided("prompts_per_step", config.prompts_per_step)
-    divided("minibatch_size", config.minibatch_size)
     note_model(run, "model", config.model, backbone.fingerprint)
     return backbone, under
 
@@ -157,7 +156,7 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
             run.append_rollouts(_records(rollout, critic | token_tensors, job.sampler, step))
         if config.kl_stop and stats["kl/reference"] > config.kl_stop:
             reason = f"kl/reference {stats['kl/reference']:.2f} passed kl_stop {config.kl_stop} at step {step}"
-        signum = stop_requested(run)
+        signum = ranks.agreed(run.stop_requested)
         if signum or reason or step % config.save_every == 0 or step == config.steps:
             _write_state(run, step, {"trainer": trainer.state_dict(), "reward": job.reward.state(), "reason": reason})
         if signum:

@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -85,12 +85,13 @@ def opened(root: Path, name: str, recipe: str, config_toml: str, resume: bool) -
         yield stand_in
 
 
-def stop_requested(run: RunDir) -> int | None:
-    """The signal that asked any process to stop, None while all may go on. Asked by all at the same place."""
-    return max((signum for signum in ranks.objects(run.stop_requested) if signum), default=None)
-
-
-def divided(key: str, count: int) -> None:
-    """UserError where the processes cannot share `count` rows, as `key` of the config has it, evenly."""
-    if count % ranks.size():
-        raise UserError(f"{key}: {count} cannot be shared evenly by {ranks.size()} processes; give a multiple of that")
+def require_shares(config: Any) -> None:
+    """UserError where the processes cannot share what the config counts for all of them together evenly."""
+    for key in ("prompts_per_step", "minibatch_size", "batch_size"):
+        count, parts = getattr(config, key, 0), getattr(config, "accumulate", 1)
+        if count // parts % world_size():
+            of = f" in {parts} parts" if parts > 1 else ""
+            raise UserError(
+                f"{key}: {count}{of} cannot be shared evenly by {world_size()} processes; give a multiple of "
+                f"{parts * world_size()}"
+            )

@@ -84,12 +84,12 @@ def say(message: str) -> None:
 
 
 def complain(message: str) -> None:
-    """What ends this process. Any but the first waits: where the first met the same, the launcher ends them meanwhile.
-    """
+    """Says what ends this process. Any but the first waits before: where all met the same, the launcher ends it first."""
     if rank():
         time.sleep(PATIENCE_S)
         _write(f"process {rank()}: {sanitize(message)}\n")
-    say(message)
+    else:
+        say(message)
 
 
 def _erased() -> str:
