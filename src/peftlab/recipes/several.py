@@ -47,6 +47,10 @@ def joined(device: str) -> Iterator[None]:
     except Interrupted:
         leave()
         raise
+    except BaseException:
+        if chosen.type == "cpu":  # on a GPU this would wait for what the others may never send
+            dist.destroy_process_group()
+        raise
     leave()
 
 

@@ -84,7 +84,7 @@ def say(message: str) -> None:
 
 
 def complain(message: str) -> None:
-    """Says what ends this process. Any but the first waits before: where all met the same, the launcher ends it first."""
+    """Says what ends this process. Any but the first waits first: where all met the same, it is ended meanwhile."""
     if rank():
         time.sleep(PATIENCE_S)
         _write(f"process {rank()}: {sanitize(message)}\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -95,11 +96,20 @@ class LabTrainer(Trainer):
         return BucketSampler(self.lengths, batch, self.args.seed, passes=passes)
 
     def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        if ranks.size() > 1:  # every process goes through all batches, as they are; `_own_part` takes its rows of each
-            shard: Any = loader.batch_sampler
-            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
-        return loader
+        if ranks.size() == 1:
+            return super().get_train_dataloader()
+        # Every process goes through all batches, as one alone would, and `_own_part` takes its rows of each: accelerate
+        # would fill the last batch up with rows of the first, and lose the epoch on a resume.
+        rows: Any = self.train_dataset
+        loader = torch.utils.data.DataLoader(
+            rows,
+            self.args.per_device_train_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging
