@@ -252,6 +252,15 @@ def test_what_two_processes_cannot_do_is_refused(line, message, tmp_path, monkey
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_config_that_parts_the_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in group(0, ACCELERATE_USE_FSDP="true").items():
+        monkeypatch.setenv(name, value)
+    outcome = peftlab("sft")
+    assert outcome.code == 2
+    assert outcome.err.startswith("peftlab: accelerate is configured for FSDP, which parts a model")
+
+
 def test_alone_nothing_is_shared():
     figures = [torch.tensor([1.0, 2.0])]
     ranks.add_up(figures)

@@ -7,6 +7,7 @@ folder. The others have a folder of their own, which is thrown away: so no recip
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ def joined(device: str) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
+            raise UserError(
+                f"accelerate is configured for {kind}, which parts a model; here each process holds the whole of it: "
+                "launch with --multi_gpu, or with a config of distributed_type MULTI_GPU"
+            )
     chosen = pick_device(device)
     if chosen.type == "mps" or chosen.index is not None:
         raise UserError(f"device: {chosen} is one device, and there are {world_size()} processes; use cuda or cpu")
