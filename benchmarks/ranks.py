@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=["tiny-gpt2", "gpt2-arch", "smollm2-arch"])
     parser.add_argument("--batch", type=int, help="completions of a step")
     parser.add_argument("--tokens", type=int, help="of a completion")
+    parser.add_argument("--epochs", type=int, help="of PPO over a step's completions")
     parser.add_argument("--rounds", type=int, default=7, help="measured steps")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -116,7 +117,7 @@ def main() -> None:
         work(Job(**json.loads(given.work)), given.rounds)
         return
     batch, tokens, epochs, prompt = SIZES[given.device]
-    epochs = epochs if given.algorithm == "ppo" else 1
+    epochs = (given.epochs or epochs) if given.algorithm == "ppo" else 1
     for model in given.model or MODELS[given.device]:
         job = Job(given.algorithm, given.device, model, prompt, given.batch or batch, given.tokens or tokens, epochs)
         for row in rows(job, [int(count) for count in given.ranks.split(",")], given.rounds):

@@ -44,8 +44,8 @@ def joined(device: str) -> Iterator[None]:
     if chosen.type == "cuda":
         if local_rank() >= torch.cuda.device_count():
             raise UserError(
-                f"process {rank()} is the {local_rank() + 1}th of this host, which has {torch.cuda.device_count()} "
-                "GPUs; launch one process a GPU"
+                f"process {rank()} wants GPU {local_rank()} of {torch.cuda.device_count()} that this host has; launch "
+                "one process a GPU"
             )
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
