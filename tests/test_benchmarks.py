@@ -40,6 +40,13 @@ def test_a_row_without_a_peer(benchmark, line, what):
         assert row["ours_bytes"].keys() == {"base", "reward", "policy", "value", "sampler"}
 
 
+def test_rows_of_several_processes(benchmark):
+    strong, weak = benchmark("ranks", "--ranks", "2")
+    assert (strong["what"], strong["ranks"], strong["scaling"], weak["scaling"]) == ("ppo_ranks", 2, "strong", "weak")
+    assert (strong["batch"], weak["batch"], strong["tokens"], weak["tokens"]) == (4, 8, 8, 16)
+    assert strong["efficiency"] == 1.0 and 0 < strong["ours_rollout_s"] < strong["ours_s"]
+
+
 def test_a_batch_that_cannot_be_compared_is_refused(benchmark):
     with pytest.raises(SystemExit, match="--batch 6: give a multiple of 4"):
         benchmark("ppo_step", "--batch", "6")

@@ -120,7 +120,7 @@ class Answers:
         cuda = self.job.device == "cuda"
         if cuda:
             torch.cuda.synchronize()
-        took = {"seconds": time.perf_counter() - self.begun, "gb": _peak_bytes(cuda) / 1e9}
+        took = {"seconds": time.perf_counter() - self.begun, "gb": peak_bytes(cuda) / 1e9}
         print(json.dumps(took | facts), file=self.out, flush=True)
         if not sys.stdin.readline():
             raise SystemExit
@@ -134,7 +134,7 @@ def serve(build: Callable[[Job, Answers], None]) -> None:
     build(answers.job, answers)
 
 
-def _peak_bytes(cuda: bool) -> int:
+def peak_bytes(cuda: bool) -> int:
     """The most that tensors took on the GPU; on a CPU, the most that the process had resident."""
     if cuda:
         return torch.cuda.max_memory_allocated()

@@ -23,6 +23,17 @@ for _group in (training, data, use, chat, serve, runs):  # the order of `peftlab
     app.add_typer(_group.app)
 
 
+@app.callback()
+def _several(context: typer.Context) -> None:
+    """A verb that trains may be launched in several processes; of any other each would do the same."""
+    from ..recipes import RECIPES
+    from ..runs.ranks import world_size
+
+    verb = context.invoked_subcommand
+    if world_size() > 1 and verb not in RECIPES:
+        raise UserError(f"{verb}: runs in one process; launch several of {', '.join(RECIPES)} only")
+
+
 def main() -> None:
     """Entry point: errors of the user's become one message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,8 +56,9 @@ def main() -> None:
 
 
 def _fail(message: object, code: int) -> None:
-    from ..runs.progress import say
-    from ..runs.sanitize import sanitize
+    from ..runs.progress import complain
+    from ..runs.ranks import rank
 
-    say(f"peftlab: {sanitize(str(message))}")
+    if not (rank() and isinstance(message, Interrupted)):  # all stop together, and the first one says how to go on
+        complain(f"peftlab: {message}")
     sys.exit(code)

@@ -39,6 +39,7 @@ def _training_verb(verb: str, summary: str, *commands: str) -> None:
         _begin(quiet)
         from ..recipes.launch import dry_run as show
         from ..recipes.launch import launch
+        from ..runs.ranks import rank
 
         pairs = list(overrides or [])
         if config is not None and "=" in config and not Path(config).exists():
@@ -47,7 +48,8 @@ def _training_verb(verb: str, summary: str, *commands: str) -> None:
             print_plan(show(verb, config, pairs), as_json)
         else:
             result = launch(verb, config, pairs, RUNS, run, resume)
-            print_summary(result, as_json)
+            if rank() == 0:
+                print_summary(result, as_json)
 
 
 for _verb, *_told in (

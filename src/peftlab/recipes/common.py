@@ -17,6 +17,7 @@ from ..data.sources import RecordSet, load_records, same_data
 from ..models.adapters import adapter_hash
 from ..runs.progress import say
 from ..runs.rundir import RunDir
+from .several import of_first
 
 
 def seed_everything(seed: int) -> None:
@@ -110,6 +111,11 @@ def _rows_asked(config: DataConfig, which: Literal["train", "eval"]) -> tuple[st
 
 def resume_point(run: RunDir) -> Path | None:
     """The folder of the newest verified checkpoint; what the run logged after it is dropped."""
+    return of_first(lambda: newest_checkpoint(run))
+
+
+def newest_checkpoint(run: RunDir) -> Path | None:
+    """The same, by the first process alone."""
     checkpoint, skipped = run.checkpoints.newest_verified()
     for problem in skipped:
         run.event("checkpoint_skipped", reason=problem)

@@ -12,8 +12,10 @@ from ..config import Config, load_config, to_toml
 from ..errors import Interrupted, LabError, UserError
 from ..report import render
 from ..runs.progress import say, watched
+from ..runs.ranks import rank, world_size
 from ..runs.rundir import RunDir, ended_runs
 from . import load
+from .several import joined, of_first, opened, require_shares
 
 
 def launch(
@@ -24,41 +26,44 @@ def launch(
     Raises Interrupted, with the command that continues the run, where a signal stopped it.
     """
     config, default = _resolve(verb, source, overrides)
-    name = name or free_name(root, default, resume, config)
-    try:
-        return start(verb, config, root, name, resume)
-    except Interrupted as error:
-        words = [verb, *([source] if source else []), *overrides, "--run", name, "--resume"]
-        raise stopped(error.signum, words) from None
+    require_shares(config)
+    with joined(config.device):
+        name = name or of_first(lambda: free_name(root, default, resume, config))
+        try:
+            return start(verb, config, root, name, resume)
+        except Interrupted as error:
+            words = [verb, *([source] if source else []), *overrides, "--run", name, "--resume"]
+            raise stopped(error.signum, words) from None
 
 
 def start(verb: str, config: Config, root: Path, name: str, resume: bool = False) -> dict[str, Any]:
     """Run a recipe with a config that is already resolved."""
-    run = RunDir.create(root, name, verb, to_toml(config), resume=resume)
-    if run.finished:
-        say(f"{name}: already done; nothing to resume")
-    elif run.resumed:
-        say(f"{name}: resuming this run")
-    try:
-        with watched(name, run.path):
-            summary: dict[str, Any] = load(verb).run(config, run)
-    except BaseException:
-        with contextlib.suppress(LabError):  # on a full disk: the first error is the one to tell
-            _report(run)
-        raise
-    _report(run)
-    return summary
+    with opened(root, name, verb, to_toml(config), resume) as run:
+        if run.finished:
+            say(f"{name}: already done; nothing to resume")
+        elif run.resumed:
+            say(f"{name}: resuming this run")
+        try:
+            with watched(name, run.path):
+                summary: dict[str, Any] = load(verb).run(config, run)
+        except BaseException:
+            with contextlib.suppress(LabError):  # on a full disk: the first error is the one to tell
+                _report(run)
+            raise
+        _report(run)
+        return summary
 
 
 def _report(run: RunDir) -> None:
-    if (run.path / "summary.json").is_file():
+    if rank() == 0 and (run.path / "summary.json").is_file():
         render(run.path)
 
 
 def stopped(signum: int, words: list[str]) -> Interrupted:
     """A stop by a signal, whose message ends with a line to type: `peftlab` and these words continue the run."""
     command = shlex.join(["peftlab", *words])
-    return Interrupted(signum, f"stopped by {signal.Signals(signum).name}; this continues the run:\n  {command}")
+    many = f", launched in {world_size()} processes again," if world_size() > 1 else ""
+    return Interrupted(signum, f"stopped by {signal.Signals(signum).name}; this{many} continues the run:\n  {command}")
 
 
 def dry_run(verb: str, source: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def dry_run(verb: str, source: str | None, overrides: list[str]) -> dict[str, An
     return {"config": config.model_dump(), **load(verb).plan(config)}
 
 
-def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Config, str]:
+def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Any, str]:
     module = load(verb)
     return load_config(module.CONFIG, source, overrides), Path(source).stem if source else verb
 

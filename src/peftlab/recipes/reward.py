@@ -43,8 +43,9 @@ from ..runs.progress import say
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, load_rows, note_data, note_model, resume_point, seed_everything
+from .common import load_recorded, load_rows, newest_checkpoint, note_data, note_model, seed_everything
 from .reward_data import PairRoles, collate_answers, pair_length, pair_roles, pair_rows, pair_tokens
+from .several import of_first
 
 NORMALISE_ON = 1024  # training pairs whose answers set gain and bias
 ERRORS_SHOWN = 10
@@ -106,7 +107,7 @@ def run(config: RewardConfig, run: RunDir) -> dict[str, Any]:
         baseline = pair_metrics(before) | _ood_metrics(strange)
         steps = total_steps(config, len(rows))
         stores = _stores(run, config.members)
-        checkpoints = _resume_points(run, stores, steps)
+        checkpoints = of_first(lambda: _resume_points(run, stores, steps))
         if checkpoints[0] is None:
             run.log(baseline | {"data/rows": len(rows), "data/tokens": pair_tokens(rows)}, 0)
         for member, (store, checkpoint) in enumerate(zip(stores, checkpoints, strict=True)):
@@ -220,7 +221,7 @@ def _resume_points(run: RunDir, stores: Sequence[CheckpointStore], steps: int) -
     Members are trained one after the other: behind the first that is not done, none has begun.
     """
     if len(stores) == 1:
-        return [resume_point(run)]
+        return [newest_checkpoint(run)]
     points: list[Path | None] = []
     newest: Checkpoint | None = None
     done = -1

@@ -19,6 +19,7 @@ from ..models.adapters import Stack, kind_of, load_stack, save_adapter, stack_ov
 from ..models.backbone import Backbone, pick_device
 from ..models.catalog import resolve
 from ..models.roles import POLICY, Roles
+from ..ops import ranks
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of, terms
 from ..rl.control import AdaptiveKL, FixedKL
@@ -26,10 +27,12 @@ from ..rl.rollout import PromptBatch, Rollout, rows_per_pass
 from ..rl.trainer import PolicyTrainer, UpdateSettings
 from ..runs.metrics import first_ratio_limit
 from ..runs.progress import Progress, say
+from ..runs.ranks import rank
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
 from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
 from .common import note_function, note_model, resume_point
+from .several import of_first
 from .tasks import TASKS
 from .tasks.config import TaskConfig
 from .tasks.task import WHOLE
@@ -121,6 +124,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
     state = _read_state(checkpoint) if checkpoint else None
     if state is None:
         reward = _normalised(reward, sampler, train, decoding, config.seed)
+        reward = reward.with_state(of_first(reward.state))
         _score_one(reward, sampler, held_out, decoding, config.seed)
     else:
         reward = reward.with_state(state["reward"])
@@ -152,7 +156,7 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
             run.append_rollouts(_records(rollout, critic | token_tensors, job.sampler, step))
         if config.kl_stop and stats["kl/reference"] > config.kl_stop:
             reason = f"kl/reference {stats['kl/reference']:.2f} passed kl_stop {config.kl_stop} at step {step}"
-        signum = run.stop_requested
+        signum = ranks.agreed(run.stop_requested)
         if signum or reason or step % config.save_every == 0 or step == config.steps:
             _write_state(run, step, {"trainer": trainer.state_dict(), "reward": job.reward.state(), "reason": reason})
         if signum:
@@ -313,6 +317,8 @@ def _records(rollout: Rollout, tensors: dict[str, torch.Tensor], sampler: Sample
 
 
 def _write_state(run: RunDir, step: int, state: dict[str, Any]) -> None:
+    if rank():
+        return
     with run.checkpoints.stage(step) as folder:
         torch.save(state, folder / "state.pt")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import LabError
 from ..models.roles import Roles
+from ..ops import ranks
 from ..ops.kl import exact_kl, k1, k2, k3
 from ..ops.masks import masked_sum
 from ..sampling.sampler import Decoding, Sampler, Samples
@@ -160,6 +161,14 @@ def passes(samples: Samples | Rollout, rows: Tensor, with_logits: Roles | None =
     yield from rows[order].split(size)
 
 
+def of_rank(rollout: Rollout, rows: Tensor) -> Tensor:
+    """This process's of `rows` (N,): every so many by length, so that each process has about as many tokens."""
+    if ranks.size() == 1:
+        return rows
+    order = rollout.mask[rows].sum(1).argsort(stable=True)
+    return rows[order[ranks.rank() :: ranks.size()]]
+
+
 def crop(samples: Samples | Rollout, rows: Tensor) -> tuple[Tensor, Tensor, int]:
     """ids and mask (N, P' + C') of `rows` (N,), less the columns that are padding in all of them, and C'."""
     prompts, completions = samples.prompt_mask[rows], samples.completion_mask[rows]
@@ -235,12 +244,12 @@ def first_step(roles: Roles, rollout: Rollout, temperature: float, ratio_limit: 
     """
     largest = torch.zeros(2, device=rollout.logprobs.device)
     everyone = torch.arange(len(rollout.completions), device=largest.device)
-    for rows in passes(rollout, everyone, roles):
+    for rows in passes(rollout, of_rank(rollout, everyone), roles):
         ids, mask, keep = crop(rollout, rows)
         counted = rollout.completion_mask[rows, :keep]
         apart = masked_sum(exact_kl(roles.policy(ids, mask, keep), roles.reference(ids, mask, keep)), counted)
         again, _, _ = roles.policy_tokens(ids, mask, keep, temperature)
         errors = torch.expm1(again - rollout.logprobs[rows, :keep]).abs() * counted
         largest = torch.maximum(largest, torch.stack([apart.abs().max(), errors.max()]))
-    kl, error = largest.tolist()
+    kl, error = map(max, zip(*ranks.objects(largest.tolist()), strict=True))
     return FirstStep(kl, error, ratio_limit)

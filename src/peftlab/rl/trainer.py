@@ -12,12 +12,24 @@ from torch import Tensor, nn
 
 from ..errors import LabError
 from ..models.roles import Roles
+from ..ops import ranks
 from ..ops.kl import k3
 from ..ops.masks import masked_mean
 from ..sampling.sampler import Decoding, Sampler
 from .control import AdaptiveKL, FixedKL
 from .finite import require_finite, require_finite_weights
-from .rollout import FirstStep, PromptBatch, Rollout, ScoreFunction, collect_rollout, describe, first_step, passes
+from .ranks import gathered, together
+from .rollout import (
+    FirstStep,
+    PromptBatch,
+    Rollout,
+    ScoreFunction,
+    collect_rollout,
+    describe,
+    first_step,
+    of_rank,
+    passes,
+)
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # of some rows, with figures
 
@@ -77,14 +89,19 @@ class PolicyTrainer(Generic[Settings]):
     def collect(self, prompts: PromptBatch) -> Rollout:
         """A completion of each prompt, scored; LabError where a number of it is not finite.
 
-        With the exact KL in the first step and in every `record_every`-th.
+        With the exact KL in the first step and in every `record_every`-th. Of several processes each takes its share
+        of the prompts, and all get the whole.
         """
         seeds, step = self.draw_seeds(len(prompts.texts)), self.steps_done + 1
         exact = step == 1 or step % self.settings.record_every == 0
+        share = ranks.share(len(seeds))
+        given, seeds = prompts.take(share), seeds[share.start : share.stop]
         try:
-            rollout = collect_rollout(self.sampler, self.roles, self.reward, prompts, seeds, self.decoding, exact)
+            with together():
+                mine = collect_rollout(self.sampler, self.roles, self.reward, given, seeds, self.decoding, exact)
         except LabError as error:  # a reward's, which knows no steps
             raise LabError(f"step {step}: {error}; the weights were not updated") from error
+        rollout = gathered(mine, prompts)
         named = {"logprob": rollout.logprobs, "ref_logprob": rollout.ref_logprobs, "score": rollout.scores}
         kl = {} if rollout.exact_kl is None else {"exact_kl": rollout.exact_kl}
         require_finite(step, rollout, named | {"value": rollout.values} | kl)
@@ -139,12 +156,12 @@ class PolicyTrainer(Generic[Settings]):
         """Gradients of a minibatch's loss, clipped together; `held` parameters get none. Returns its figures.
 
         In passes over rows of similar length. What `loss_of(rows)` gives are means, so that of each pass counts
-        by its share of the minibatch.
+        by its share of the minibatch. Of several processes each takes its rows, and the gradients add up.
         """
         self.optimizer.zero_grad(set_to_none=True)
         mask = rollout.completion_mask
         totals: dict[str, Tensor] = {}
-        for part in passes(rollout, rows):
+        for part in passes(rollout, of_rank(rollout, rows)):
             loss, figures = loss_of(part)
             tokens = mask[part].sum() / mask[rows].sum()
             share = len(part) / len(rows) if self.loss_per_completion else tokens
@@ -155,6 +172,7 @@ class PolicyTrainer(Generic[Settings]):
         for parameter in held:
             parameter.grad = None
         trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        ranks.add_up([p.grad for p in trainable if p.grad is not None] + list(totals.values()))
         norm = torch.nn.utils.clip_grad_norm_(trainable, self.settings.max_grad_norm)
         return totals | {"policy/grad_norm": norm}
 

@@ -10,6 +10,8 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from .ranks import world_size
+
 PACKAGES = ("peftlab", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 
 
@@ -41,5 +43,6 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": usable,
+        "processes": world_size(),
         "packages": package_versions(),
     }

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from .panel import Panel
+from .ranks import rank
 from .sanitize import sanitize
 
 EVERY_S = 10.0
+PATIENCE_S = 2.0
 
 
 class Progress:
@@ -40,7 +42,7 @@ class Progress:
     def show(self, step: int, figures: str) -> None:
         """`figures`: what to say of the step in a line, for example "loss 3.41"."""
         live, last = sys.stderr.isatty(), step >= self.total
-        if Progress.quiet or (not live and not last and time.monotonic() - self.shown < EVERY_S):
+        if Progress.quiet or rank() or (not live and not last and time.monotonic() - self.shown < EVERY_S):
             return
         self.shown = time.monotonic()
         if live and self.panel and (drawn := self.panel.render(step, sys.stderr)):
@@ -66,7 +68,12 @@ def watched(name: str, folder: Path) -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """A line on standard error of its own, safe for a terminal: above a panel, below a line of progress."""
+    """A line on standard error of its own, safe for a terminal: above a panel, below a line of progress.
+
+    Of several processes the first one says it.
+    """
+    if rank():
+        return
     if Progress.open and Progress.drawn:
         _write(f"{_erased()}{sanitize(message)}\n{Progress.drawn}")
         return
@@ -74,6 +81,15 @@ def say(message: str) -> None:
         _write("\n")
         Progress.open = False
     _write(f"{sanitize(message)}\n")
+
+
+def complain(message: str) -> None:
+    """Says what ends this process. Any but the first waits first: where all met the same, it is ended meanwhile."""
+    if rank():
+        time.sleep(PATIENCE_S)
+        _write(f"process {rank()}: {sanitize(message)}\n")
+    else:
+        say(message)
 
 
 def _erased() -> str:

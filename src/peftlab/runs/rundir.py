@@ -35,6 +35,7 @@ from .lock import LOCK, locked
 from .memory import full_memory
 from .metrics import metric
 from .names import NAME
+from .ranks import peers, world_size
 from .signals import StopSignals
 from .summary import ended_runs, find_run, flat, list_runs, outcome, read_environment, read_summary
 
@@ -60,6 +61,10 @@ def _differences(old_toml: str, new_toml: str) -> list[str]:
     old, new = flat(tomllib.loads(old_toml)), flat(tomllib.loads(new_toml))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [f"{key} ({old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now)" for key in keys]
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 class RunDir:
@@ -121,9 +126,16 @@ class RunDir:
 
     @staticmethod
     def _check_same(path: Path, name: str, recipe: str, config_toml: str) -> None:
-        before = read_environment(path).get("recipe", "?")
+        about = read_environment(path)
+        before = about.get("recipe", "?")
         if before != recipe:
             raise UserError(f"run {name!r} is a {before} run, not {recipe}; choose another --run")
+        began = about.get("processes", 1)
+        if began != world_size():
+            raise UserError(
+                f"cannot resume run {name!r} in {_processes(world_size())}: it began in {began}; launch as many, or "
+                "choose another --run"
+            )
         differing = _differences((path / "config.toml").read_text(encoding="utf-8"), config_toml)
         if differing:
             raise UserError(
@@ -235,7 +247,7 @@ class RunDir:
             if not self.finished:
                 self._open()
             try:
-                with full_disk(self.path), full_memory(self.path / "config.toml"):
+                with full_disk(self.path), full_memory(self.path / "config.toml"), peers():
                     yield self
                 if self.summary is None:
                     raise LabError(f"recipe {self.recipe} ended without figures: it never called finish()")

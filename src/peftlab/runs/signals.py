@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from .progress import Progress
+from .ranks import rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -51,6 +52,8 @@ class StopSignals:
                 os.write(2, b"\n")
             os._exit(128 + signum)
         self.request(signum)
+        if rank():
+            return
         # os.write, since print inside a handler can meet its own buffer's lock.
         Progress.open = False  # the message begins with the line's end
         os.write(2, b"\nstopping after this step, with a checkpoint; the same signal again leaves at once\n")

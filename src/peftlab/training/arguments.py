@@ -55,6 +55,7 @@ def training_arguments(config: TrainConfig, rows: int, workers: int = 0) -> Trai
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),
         max_steps=steps,
+        # Of all processes together: LabTrainer gives each its rows.
         per_device_train_batch_size=config.batch_size // config.accumulate,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.lr,
@@ -80,6 +81,7 @@ def training_arguments(config: TrainConfig, rows: int, workers: int = 0) -> Trai
         torch_empty_cache_steps=None,
         # True multiplies the loss by the number of processes, to undo a division that our mean losses never made.
         average_tokens_across_devices=False,
+        ddp_find_unused_parameters=False,
     )
     if arguments.device.type == "cuda":
         arguments._n_gpu = 1  # else Trainer splits each batch over every GPU it sees; several GPUs go by accelerate

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import LabError
 from ..models.roles import Roles
+from ..ops import ranks
 from ..ops.kl import exact_kl
 from ..ops.logprobs import token_logprobs
 from ..ops.losses import dpo_loss, ipo_loss
@@ -98,17 +99,23 @@ class PairPolicy(nn.Module):
         self.model = roles.model
         self.roles, self.loss, self.beta, self.label_smoothing = roles, loss, beta, label_smoothing
         self.noted: list[Compared] = []
+        self.noting = True
 
     def train(self, mode: bool = True) -> PairPolicy:
-        """Stays in eval mode: with dropout the policy would differ from its reference before any update."""
+        """Stays in eval mode: with dropout the policy would differ from its reference before any update.
+
+        `mode` says whether the pairs that `forward` sees are trained on.
+        """
+        self.noting = mode
         return super().train(False)
 
     def forward(
         self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
     ) -> dict[str, Tensor]:
-        """{"loss": mean over the pairs}. Notes what it saw, for `drain`."""
+        """{"loss": mean over the pairs}. Notes what it saw, for `drain`, where that is trained on."""
         compared = self.compare(prompt_ids, prompt_mask, completion_ids, completion_mask)
-        self.noted.append(Compared(compared.changes.detach(), compared.scores.detach()))
+        if self.noting:
+            self.noted.append(Compared(compared.changes.detach(), compared.scores.detach()))
         return {"loss": self.loss_of(compared)}
 
     def compare(
@@ -138,8 +145,9 @@ class PairPolicy(nn.Module):
         return dpo_loss(chosen, rejected, self.beta, self.label_smoothing)
 
     def drain(self) -> dict[str, float]:
-        """Figures of the pairs trained on since the last call, by their registered names."""
-        noted, self.noted = self.noted, []
+        """Figures of the pairs trained on since the last call, in any process, by their registered names."""
+        mine, self.noted = [Compared(one.changes.cpu(), one.scores.cpu()) for one in self.noted], []
+        noted = [one for part in ranks.objects(mine) for one in part]
         return {f"train/{name}": value for name, value in together(noted).figures(self.beta).items()} if noted else {}
 
 

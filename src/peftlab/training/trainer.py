@@ -2,8 +2,8 @@
 
 Trainer writes its checkpoint into a staging folder that the store hashes and renames, and of the model only what
 learns; it resumes from the newest verified one. A loss or gradient that is not finite stops it before the update.
-Where a batch comes in parts (gradient accumulation), each part's mean loss counts by its share of what the batch's
-loss is a mean over, so that the parts make the gradient of the whole.
+Where a batch comes in parts (gradient accumulation, or several processes), each part's mean loss counts by its share of
+what the batch's loss is a mean over, so that the parts make the gradient of the whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -21,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.tokenize import IGNORED
 from ..errors import Interrupted, LabError
+from ..ops import ranks
 from ..ops.finite import first_not_finite, not_finite
 from ..runs.checkpoint import CheckpointStore
 from ..runs.progress import Progress
@@ -29,6 +31,7 @@ from .sampler import BucketSampler
 Log = Callable[[Mapping[str, float], int], None]
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 WEIGHTS = "trained.safetensors"
+FILLER = "filler"  # in a batch: its row only keeps the process in step with the others, and counts for nothing
 
 
 class LabTrainer(Trainer):
@@ -58,12 +61,12 @@ class LabTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=Rows(rows),
-            data_collator=collate,
+            data_collator=collate if ranks.size() == 1 else lambda batch: _own_part(batch, collate),
             compute_loss_func=given,
             optimizers=(optimizer, None),
         )
         self.lengths, self.store, self.staging = list(lengths), store, ""
-        self.in_parts, self.counted = args.gradient_accumulation_steps > 1, 0
+        self.in_parts, self.counted = args.gradient_accumulation_steps * ranks.size() > 1, 0
         self.loss_is_scaled_for_ga = self.in_parts or None
         self.remove_callback(PrinterCallback)
         self.stopper = LabCallback(log, stop_requested, args.max_steps, self._check_updated)
@@ -80,6 +83,8 @@ class LabTrainer(Trainer):
             self._load_from_checkpoint(folder)
             self.state = state
             return
+        if ranks.rank():  # dropout of its own; a resume takes each process's generators from the checkpoint
+            torch.manual_seed(self.args.seed + ranks.rank())
         self.train(resume_from_checkpoint=folder)
         if self.stopper.signum:
             raise Interrupted(self.stopper.signum)
@@ -90,6 +95,22 @@ class LabTrainer(Trainer):
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return BucketSampler(self.lengths, batch, self.args.seed, passes=passes)
 
+    def get_train_dataloader(self) -> Any:
+        if ranks.size() == 1:
+            return super().get_train_dataloader()
+        # Every process goes through all batches, as one alone would, and `_own_part` takes its rows of each: accelerate
+        # would fill the last batch up with rows of the first, and lose the epoch on a resume.
+        rows: Any = self.train_dataset
+        loader = torch.utils.data.DataLoader(
+            rows,
+            self.args.per_device_train_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self.staging
 
@@ -97,21 +118,29 @@ class LabTrainer(Trainer):
         with self.store.stage(self.state.global_step) as folder:
             self.staging = str(folder)
             super()._save_checkpoint(model, trial)
+            _share_generators(folder)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         parts, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self.in_parts:
             return parts, items
-        self.counted = sum(map(_counted, parts))
+        self.counted = sum(ranks.objects(sum(map(_counted, parts))))
         return parts, None
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
-        share = _counted(inputs) / self.counted if self.in_parts else 1
-        loss: Any = super().compute_loss(model, inputs, *args, **options)
-        return loss * share if self.in_parts else loss
+        if not self.in_parts:
+            return super().compute_loss(model, inputs, *args, **options)
+        if FILLER in inputs:
+            model.eval()  # what takes note of the rows that it is trained on leaves this one out
+        share = _counted(inputs) / self.counted
+        bare = {name: value for name, value in inputs.items() if name != FILLER}
+        loss: Any = super().compute_loss(model, bare, *args, **options)
+        return loss * share * ranks.size()  # gradients become the mean over the processes
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if ranks.size() > 1 and not self.accelerator.sync_gradients:
+            return loss  # looked at once the processes have one gradient, and with it all or none of them stop
         gradients = {n: p.grad for n, p in self._learned().items() if p.grad is not None}
         if sites := not_finite({"train/loss": loss, **gradients}):
             bad = loss if sites[0] == "train/loss" else gradients[sites[0]]
@@ -131,12 +160,14 @@ class LabTrainer(Trainer):
     def _rows_of_step(self) -> list[int]:
         """Numbers, from 0, of the training rows in the batch of the step under way."""
         sampler = self._get_train_sampler()
-        size = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         epoch, batch = divmod(self.state.global_step, -(-len(sampler) // size))
         sampler.set_epoch(epoch)
         return list(sampler)[batch * size : (batch + 1) * size]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.staging)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({n: p.detach().cpu().contiguous() for n, p in self._learned().items()}, folder / WEIGHTS)
@@ -182,7 +213,7 @@ class LabCallback(TrainerCallback):
         self.updated()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.signum = self.stop_requested()
+        self.signum = ranks.agreed(self.stop_requested())
         if self.signum:
             control.should_save = control.should_training_stop = True
         return control
@@ -195,8 +226,24 @@ class LabCallback(TrainerCallback):
             self.progress.show(state.global_step, f"loss {found.get('train/loss', math.nan):.4f}")
 
 
+def _own_part(rows: Sequence[Any], collate: Callable[[Sequence[Any]], dict[str, Any]]) -> dict[str, Any]:
+    """This process's rows of a batch, as a batch: every so many, since they stand by length."""
+    own = rows[ranks.rank() :: ranks.size()]
+    return collate(own) if own else collate(rows[:1]) | {FILLER: torch.tensor(True)}
+
+
+def _share_generators(folder: Path) -> None:
+    """Trainer saves each process's generators where that process saves: the checkpoint is to hold all of them."""
+    mine = {file.relative_to(folder): file.read_bytes() for file in folder.glob("*/rng_state_*.pth")}
+    for files in ranks.objects(mine):
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+
+
 def _counted(batch: Mapping[str, torch.Tensor]) -> int:
     """What the loss of a batch is a mean over: tokens with a label where each has one, else rows."""
+    if FILLER in batch:
+        return 0
     labels = batch.get("labels")
     if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
         return int((labels != IGNORED).sum())

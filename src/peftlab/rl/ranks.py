@@ -1,0 +1,65 @@
+"""A step over several processes: each samples and scores its rows, all see the whole rollout, gradients add up.
+
+Whatever is said of a step (whitening, KL, stops, metrics) is computed by every process from the whole rollout, so N
+processes make the step of one, up to the order of sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import LabError, PeftlabError, UserError, brief
+from ..ops import ranks
+from .rollout import PromptBatch, Rollout
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Where the block fails in one process, all fail with its message: none waits for one that is gone."""
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    told = None if mine is None else str(mine) if isinstance(mine, PeftlabError) else brief(mine)
+    theirs = ranks.objects((UserError if isinstance(mine, UserError) else LabError, told))
+    if mine is not None:
+        raise mine
+    for number, (kind, message) in enumerate(theirs):
+        if message is not None:
+            raise kind(message if number == 0 else f"process {number}: {message}")
+
+
+def gathered(mine: Rollout, prompts: PromptBatch) -> Rollout:
+    """The rollout of all `prompts`, from that of each process's share of them; the same bits everywhere."""
+    if ranks.size() == 1:
+        return mine
+    device = mine.logprobs.device
+    named = {field.name: getattr(mine, field.name) for field in fields(mine)}
+    tensors = {name: value.cpu() for name, value in named.items() if isinstance(value, Tensor)}
+    parts = {name: value.cpu() for name, value in mine.score_parts.items()}
+    told = ranks.objects((tensors, parts, mine.completions))
+
+    def whole(name: str) -> Tensor:
+        return _stacked([one[0][name] for one in told], name.startswith("prompt")).to(device)
+
+    changed: dict[str, Any] = {name: whole(name) for name in tensors}
+    changed["score_parts"] = {name: torch.cat([one[1][name] for one in told]) for name in parts}
+    changed["completions"] = [text for one in told for text in one[2]]
+    return replace(mine, prompts=prompts, **changed)
+
+
+def _stacked(parts: Sequence[Tensor], left: bool) -> Tensor:
+    """Rows one behind the other, as wide as the widest: filled with 0, which masks out, in front (`left`) or behind."""
+    if parts[0].dim() == 1:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    missing = [width - part.shape[1] for part in parts]
+    return torch.cat([F.pad(p, (n, 0) if left else (0, n)) for p, n in zip(parts, missing, strict=True)])

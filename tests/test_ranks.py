@@ -1,0 +1,269 @@
+"""Two processes make the run of one: the same figures, the same weights up to the order of sums, one writer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from commands import peftlab
+from safetensors.torch import load_file
+
+from peftlab.ops import ranks
+from peftlab.recipes import RECIPES
+from peftlab.recipes.launch import launch
+from peftlab.runs.atomic import read_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# An epoch has a short last batch, of fewer rows than there are processes where it has one row. Prompts are whole, so
+# that the two processes pad to different widths. No dropout: each process would draw masks of its own.
+SUPERVISED = ["batch_size=8", "max_steps=9", "lr=1e-3"]
+POLICY = ["task=custom", "reward=gate:count", "steps=4", "kl_target=1.0", "save_every=2"]
+MORE = {
+    "pretrain": [*SUPERVISED, "dropout=0"],
+    "sft": [*SUPERVISED, "max_length=16", "train_limit=30", "batch_size=4"],
+    "classify": [*SUPERVISED, "model={plain_encoder}"],
+    "summarize": [*SUPERVISED, "accumulate=2"],
+    "reward": [*SUPERVISED, "batch_size=6"],
+    "dpo": [*SUPERVISED, "task=custom", "train_limit=17"],
+    "ppo": [*POLICY, "critic=adapter", "prompts_per_step=10"],
+    "rloo": [*POLICY, "prompts_per_step=4", "minibatch_size=6", "epochs=2"],
+}
+DROPPED = [*MORE["sft"], "lora.dropout=0.1"]  # the generators of both processes are in the checkpoint
+TOLERANCE = 1e-4  # of weights up to 1 after 9 updates at lr 1e-3; 8e-6 at most was measured
+SECONDS = 100
+
+# Told to, it holds the run in the middle of a step until the file `go` is there, or fails in the second process.
+GATE = '''
+import os, time
+
+calls = 0
+
+def count(prompts, completions, records):
+    global calls
+    calls += 1
+    if calls > 3 and os.environ.get("GATE"):
+        open("waiting" + os.environ["RANK"], "w").close()
+        while not os.path.exists("go"):
+            time.sleep(0.01)
+    return [float(c.count("e")) for c in completions]
+
+def broken(prompts, completions, records):
+    if len(completions) == 4 and os.environ["RANK"] == "1":
+        raise ValueError("no reward today")
+    return [0.0] * len(completions)
+'''
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("ranks")
+    shop = tiny.workshop(root) | {"root": str(root)}
+    plain = tiny.encoder_folder(root / "plain-encoder")
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"seq_classif_dropout": 0.0}))
+    (root / "gate.py").write_text(GATE)
+    return shop | {"plain_encoder": str(plain)}
+
+
+def pairs(shop: dict[str, str], verb: str, more: list[str] | None = None) -> list[str]:
+    return tiny.overrides(shop, verb, *(pair.format(**shop) for pair in more or MORE[verb]))
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def group(number: int, **more: str) -> dict[str, str]:
+    """The environment that torchrun gives a process."""
+    told = {"MASTER_ADDR": "127.0.0.1", "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    return os.environ | {"OMP_NUM_THREADS": "1"} | told | more
+
+
+def two(folder: Path, *words: str, **more: str) -> list[tuple[int, str, str]]:
+    """`python WORDS` in two processes; of each the exit code and what it said."""
+    processes = [
+        subprocess.Popen([sys.executable, *words], cwd=folder, env=group(number, **more), text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=SECONDS) for process in processes]
+    return [(process.returncode, *words) for process, words in zip(processes, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def runs(shop) -> tuple[Path, Path, list[str]]:
+    """Folders of the runs in two processes and in one, and what the processes printed."""
+    root = Path(shop["root"])
+    jobs: list[dict[str, Any]] = [{"verb": verb, "pairs": pairs(shop, verb), "run": verb} for verb in MORE]
+    jobs += [{"verb": "sft", "pairs": pairs(shop, "sft", DROPPED), "run": "dropped"}]
+    jobs += [jobs[-1] | {"run": "stopped", "stop": 5}, jobs[-1] | {"run": "stopped", "resume": True}]
+    jobs += [{"verb": "ppo", "pairs": pairs(shop, "ppo", [*POLICY, "reward=gate:broken"]), "run": "broken"}]
+    ports = free_ports(len(jobs))
+    (root / "jobs.json").write_text(json.dumps([job | {"port": p} for job, p in zip(jobs, ports, strict=True)]))
+    ended = two(root, str(Path(__file__).with_name("rank_jobs.py")), str(root / "jobs.json"))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)  # where the reward is
+        for verb in MORE:
+            launch(verb, None, pairs(shop, verb), root / "alone", verb)
+    return root / "runs", root / "alone", [out for _, out, _ in ended]
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    rows = read_rows(run / "metrics.jsonl")
+    return [{name: v for name, v in row.items() if not name.startswith("time")} for row in rows]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    files = sorted(file for file in run.glob("*/*.safetensors"))
+    return {f"{file.name} {name}": value.float() for file in files for name, value in load_file(file).items()}
+
+
+def test_every_recipe_is_among_them():
+    assert set(MORE) == set(RECIPES)
+
+
+@pytest.mark.parametrize("verb", MORE)
+def test_two_processes_make_the_run_of_one(runs, verb):
+    several, alone = runs[0] / verb, runs[1] / verb
+    ends = weights(several), weights(alone)
+    assert ends[0] and ends[0].keys() == ends[1].keys()
+    for name, value in ends[1].items():
+        assert ends[0][name].numpy() == pytest.approx(value.numpy(), abs=TOLERANCE), name
+    rows = logged(several), logged(alone)
+    assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
+    for mine, theirs in zip(*rows, strict=True):
+        clipped = [row.pop("policy/clip_fraction", 0.0) for row in (mine, theirs)]
+        assert mine == pytest.approx(theirs, rel=TOLERANCE, abs=TOLERANCE)
+        # A count of tokens: one whose advantage is 0 but for rounding, as in a group of equal rewards, may fall in it.
+        assert clipped[0] == pytest.approx(clipped[1], abs=0.01)
+    for name in ("samples.jsonl", "rollouts.jsonl"):
+        texts = [[row.get("completion") for row in read_rows(run / name)] for run in (several, alone)]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("verb", MORE)
+def test_one_process_writes(runs, verb):
+    run = runs[0] / verb
+    assert [row["kind"] for row in read_rows(run / "events.jsonl") if row["kind"] in ("start", "finish")] == [
+        "start", "finish"
+    ]
+    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    names = [(row["step"], name) for row in logged(run) for name in row.keys() - {"step"}]
+    assert len(names) == len(set(names))
+    assert (run / "report.html").is_file()
+
+
+def test_a_stop_of_one_process_stops_both_and_the_resume_gives_the_same_bytes(runs):
+    stopped, whole = runs[0] / "stopped", runs[0] / "dropped"
+    for said in runs[2]:
+        assert "stopped: Interrupted: stopped by SIGTERM; this, launched in 2 processes again, continues" in said
+    assert [row["kind"] for row in read_rows(stopped / "events.jsonl")].count("resume") == 1
+    assert logged(stopped) == logged(whole)
+    for name in ("adapter_model.safetensors", "stack.json"):
+        assert (stopped / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+
+
+def test_what_fails_in_one_process_ends_both(runs):
+    summary = json.loads((runs[0] / "broken" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["reason"] == "step 1: process 1: ValueError: no reward today; the weights were not updated"
+    assert [said.splitlines()[-1] for said in runs[2]] == [
+        f"broken: LabError: {summary['reason']}", "broken: ValueError: no reward today"
+    ]
+
+
+def test_a_launcher_that_is_told_to_end_leaves_a_run_that_resumes(shop, runs, tmp_path):
+    (tmp_path / "gate.py").write_text(GATE)
+    line = ["-m", "peftlab.cli", "ppo", *pairs(shop, "ppo"), "--run", "ppo"]
+    (port, other) = map(str, free_ports(2))
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+         "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, *line],
+        cwd=tmp_path, env=os.environ | {"GATE": "1", "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    end = time.monotonic() + SECONDS
+    while not all((tmp_path / f"waiting{number}").exists() for number in range(2)):
+        assert launcher.poll() is None, launcher.communicate()[1]
+        assert time.monotonic() < end, "the run never reached its third step"
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.5)  # the launcher hands the signal on
+    (tmp_path / "go").touch()
+    _, errors = launcher.communicate(timeout=SECONDS)
+    assert errors.count("peftlab: stopped by SIGTERM; this, launched in 2 processes again, continues the run:") == 1
+    run = tmp_path / "runs" / "ppo"
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
+    assert max(row["step"] for row in logged(run)) < 4
+    ended = two(tmp_path, *line, "--resume", "--quiet", MASTER_PORT=other)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert ended[1][1:] == ("", "")
+    whole = runs[0] / "ppo"
+    assert logged(run) == logged(whole)
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() == (
+        whole / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_another_number_of_processes_is_refused(shop, runs, monkeypatch):
+    monkeypatch.chdir(shop["root"])
+    outcome = peftlab(f"sft {' '.join(pairs(shop, 'sft'))} --run sft --resume")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == (
+        "peftlab: cannot resume run 'sft' in 1 process: it began in 2; launch as many, or choose another --run\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sft batch_size=5", "batch_size: 5 cannot be shared evenly by 2 processes; give a multiple of 2"),
+        ("sft batch_size=8 accumulate=8", "batch_size: 8 in 8 parts cannot be shared evenly by 2 processes; give a "
+         "multiple of 16"),
+        ("ppo prompts_per_step=7", "prompts_per_step: 7 cannot be shared evenly by 2 processes; give a multiple of 2"),
+        ("ppo device=mps", "device: "),
+        ("demo", "demo: runs in one process; "),
+    ],
+)
+def test_what_two_processes_cannot_do_is_refused(line, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in group(0).items():
+        monkeypatch.setenv(name, value)
+    outcome = peftlab(line)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"peftlab: {message}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_that_parts_the_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in group(0, ACCELERATE_USE_FSDP="true").items():
+        monkeypatch.setenv(name, value)
+    outcome = peftlab("sft")
+    assert outcome.code == 2
+    assert outcome.err.startswith("peftlab: accelerate is configured for FSDP, which parts a model")
+
+
+def test_alone_nothing_is_shared():
+    figures = [torch.tensor([1.0, 2.0])]
+    ranks.add_up(figures)
+    assert figures[0].tolist() == [1.0, 2.0]
+    assert (ranks.size(), ranks.rank(), ranks.share(5), ranks.objects("x")) == (1, 0, range(5), ["x"])
+    assert (ranks.agreed(None), ranks.agreed(15)) == (None, 15)
