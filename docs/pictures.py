@@ -162,7 +162,7 @@ class Camera:
 
     def report(self) -> None:
         """The report: figures, and a rollout token by token."""
-        page = self.page(height=720)
+        page = self.page(height=700)
         page.goto((self.run / "report.html").as_uri())
         page.screenshot(path=self.out / "report.png")
         page.set_viewport_size({"width": min(self.width, 860), "height": 900})

@@ -18,6 +18,7 @@ from pathlib import Path
 import stacks
 import tiny
 
+from peftlab.chat.terminal import HELP
 from peftlab.data.check import check_file
 
 # What a model may say: a title, a cleared screen, a clipboard, a move to the left, right to left, C1.
@@ -58,7 +59,7 @@ class Terminal:
             stdin=inner, stdout=inner, stderr=inner, cwd=folder, env=env, start_new_session=True,
         )
         os.close(inner)
-        self.heard = ""
+        self.heard = self.typed = ""
         self.until("you>")
 
     def until(self, text: str, since: int = 0, seconds: float = 120) -> int:
@@ -81,6 +82,7 @@ class Terminal:
     def type(self, keys: str, expected: str) -> str:
         """Type, and wait for what is expected and the next prompt; what was written meanwhile."""
         since = len(self.seen)
+        self.typed += keys
         os.write(self.end, keys.encode())
         self.until("you>", self.until(expected, since))
         return self.seen[since:]
@@ -136,6 +138,8 @@ def test_every_command_is_typed_at_a_terminal(tmp_path):
         it.type("/nonsense\r", "unknown command /nonsense")
         shown = it.type("/help\r", "begins another line")
         assert all(f"/{name} " in shown for name in ("adapter", "mix", "compare", "score", "status", "quit"))
+        commands = set(re.findall(r"^(/\w+)", HELP, re.M))
+        assert {"/adapter", "/save"} < commands and {c for c in commands if c not in it.typed} == {"/quit"}
         os.write(it.end, b"/quit\r")
         assert it.program.wait(60) == 0
     finally:
