@@ -18,6 +18,7 @@ from pathlib import Path
 import stacks
 import tiny
 
+from peftlab.chat.terminal import HELP
 from peftlab.data.check import check_file
 
 # What a model may say: a title, a cleared screen, a clipboard, a move to the left, right to left, C1.
@@ -58,7 +59,7 @@ class Terminal:
             stdin=inner, stdout=inner, stderr=inner, cwd=folder, env=env, start_new_session=True,
         )
         os.close(inner)
-        self.heard = ""
+        self.heard = self.typed = ""
         self.until("you>")
 
     def until(self, text: str, since: int = 0, seconds: float = 120) -> int:
@@ -81,6 +82,7 @@ class Terminal:
     def type(self, keys: str, expected: str) -> str:
         """Type, and wait for what is expected and the next prompt; what was written meanwhile."""
         since = len(self.seen)
+        self.typed += keys
         os.write(self.end, keys.encode())
         self.until("you>", self.until(expected, since))
         return self.seen[since:]
@@ -117,6 +119,7 @@ def test_every_command_is_typed_at_a_terminal(tmp_path):
         it.type("/mix plain=0.7 other=0.3\r", "(mix plain=0.7 other=0.3 answers")
         it.type("/persona kind\r", "(kind answers")
         it.type("the plot\r", "kind>")
+        it.type("/persona off\r", "(mix plain=0.7 other=0.3 answers")
         it.type("/persona auto\r", "router picks who answers each turn: kind, asker")
         it.type("the plot\r", ", p 0.")
         it.type("/adapter off\r", "answers,")
@@ -135,6 +138,8 @@ def test_every_command_is_typed_at_a_terminal(tmp_path):
         it.type("/nonsense\r", "unknown command /nonsense")
         shown = it.type("/help\r", "begins another line")
         assert all(f"/{name} " in shown for name in ("adapter", "mix", "compare", "score", "status", "quit"))
+        commands = set(re.findall(r"^(/\w+)", HELP, re.M))
+        assert {"/adapter", "/save"} < commands and {c for c in commands if c not in it.typed} == {"/quit"}
         os.write(it.end, b"/quit\r")
         assert it.program.wait(60) == 0
     finally:
@@ -144,3 +149,29 @@ def test_every_command_is_typed_at_a_terminal(tmp_path):
     assert "+/status" in history.read_text() and "+in two lines" in history.read_text()
     (row,) = check_file(tmp_path / "talk.jsonl", "sft").records
     assert row.messages[0].content == "be kind" and "hostile" in [m.content for m in row.messages]
+
+
+def test_thirty_turns_at_a_terminal_run_over_the_context_of_a_real_model(tmp_path):
+    """tiny-gpt2 sees 512 tokens: adapters change, are mixed and compared while the oldest turns are dropped."""
+    (tmp_path / "home").mkdir()
+    it = Terminal(["chat", "tiny-gpt2", "--device", "cpu"], tmp_path)
+    try:
+        it.type("/set max_new_tokens=12\r", "max_new_tokens=12\r\n")
+        voices = {5: "/adapter tiny-critic", 12: "/mix tiny-enthusiast=0.5 tiny-critic=0.5", 20: "/adapter off"}
+        for turn in range(1, 31):
+            if turn in voices:
+                it.type(f"{voices[turn]}\r", " answers, ")
+            it.type(f"Scene {turn} of this long film, with its cast and its music and its script, was\r", "model>")
+        told = it.seen.count("the context of 512 tokens is full: oldest turns are dropped from now on")
+        assert told >= 1  # once for each voice that fills it
+        assert "tiny-enthusiast" in it.type("/compare tiny-enthusiast tiny-critic\r", "tiny-critic ")
+        status = it.type("/status\r", "score ")
+        turns, dropped = map(int, re.search(r"turns +(\d+), (\d+) of them dropped", status).groups())
+        used = int(re.search(r"context +(\d+) of 512 tokens; 12 kept", status)[1])
+        assert turns == 60 and 0 < dropped < 60 and used <= 512
+        assert "Scene 1 of" in it.type("/history\r", "user: Scene 30")
+        os.write(it.end, b"/quit\r")
+        assert it.program.wait(60) == 0
+    finally:
+        os.killpg(it.program.pid, signal.SIGKILL) if it.program.poll() is None else None
+        os.close(it.end)

@@ -227,6 +227,24 @@ def test_a_persona_brings_its_mix_its_system_text_and_its_decoding(chat, persona
     assert (chat.session.system, chat.session.decoding.max_new_tokens) == ("be kind", 5)
 
 
+def test_persona_off_gives_the_word_back_to_who_had_it(chat, personas):
+    """Also where the persona stands on another base, and after several; after /persona auto as well."""
+    chat("/adapter other", "/persona kind", "/persona asker", "/persona off")
+    assert (chat.session.voice.label, chat.session.voice.weights) == ("other", {"other": 1.0})
+    chat("/mix plain=0.7 other=0.3", "/persona kind", "/persona off")
+    assert chat.session.voice.weights == {"plain": 0.7, "other": 0.3}
+    chat.session.speak_as(chat.cast.persona("kind"))  # a chat that begins as a persona has nobody to go back to
+    chat("/persona off")
+    assert (chat.session.voice.persona, chat.session.voice.weights) == (None, {})
+
+
+def test_an_empty_reply_is_told(chat, monkeypatch):
+    monkeypatch.setattr(Session, "_stream", lambda self, prompt: iter([" "]))
+    assert "(nothing: the model ended its reply at once; /retry asks again)" in chat("the film")
+    monkeypatch.setattr(Session, "_stream", lambda self, prompt: iter([" fine"]))
+    assert "(nothing" not in chat("the film")
+
+
 def test_a_persona_with_a_prompt_is_asked_each_question_alone(chat, personas):
     chat("the plot", "/persona asker", "the film")
     asked = chat.session.sampler.tokenizer.decode(chat.session.fit())

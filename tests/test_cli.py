@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 import tiny
 import typer
 from commands import peftlab
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peftlab import cli
 from peftlab.cli.shared import print_rows
@@ -24,6 +27,7 @@ from peftlab.config import load_config, shipped_configs
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
 from peftlab.recipes import RECIPES, load
+from peftlab.runs.progress import folded, say
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(cli.app)
@@ -273,9 +277,10 @@ def test_eval_of_a_text_model_on_labelled_pairs_is_the_rubric(place, shop):
     assert found["metrics"].keys() >= {"rubric/label", "rubric/evidence", "rubric/all"}
     assert "eval/perplexity" not in found["metrics"]
     long = {"prompt": "a film " * 60, "completion": " yes", "label": 1}
-    some = peftlab(f"eval {shop['gpt2']} --data {tiny.write_rows(place / 'some.jsonl', [*rows, long])} --device cpu --json")
+    seven, one = tiny.write_rows(place / "seven.jsonl", [*rows, long]), tiny.write_rows(place / "one.jsonl", [long])
+    some = peftlab(f"eval {shop['gpt2']} --data {seven} --device cpu --json")
     assert json.loads(some.out)["rows"] == 6 and "1 of 7 prompts are left out" in some.err
-    none = peftlab(f"eval {shop['gpt2']} --data {tiny.write_rows(place / 'none.jsonl', [long])} --device cpu")
+    none = peftlab(f"eval {shop['gpt2']} --data {one} --device cpu")
     assert none.code == 2 and "every prompt is longer than" in none.err
     mixed = tiny.write_rows(place / "mixed.jsonl", [*rows, {"text": "a film"}])
     bare = tiny.write_rows(place / "bare.jsonl", [{"prompt": "a", "completion": "b"}])
@@ -328,3 +333,37 @@ def test_tables_are_readable_whatever_is_in_them():
     with contextlib.redirect_stdout(out):
         print_rows([{"name": "a", "value": None}, {"name": "longer", "value": 1.23456789}], False)
     assert out.getvalue().splitlines() == ["name    value", "a       -", "longer  1.235"]
+
+
+class Screen(io.StringIO):
+    """A terminal that takes what it is given."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@given(st.lists(st.text("abcdefg-.,", min_size=1, max_size=30), min_size=1, max_size=30), st.integers(0, 60))
+def test_a_line_too_long_for_a_terminal_is_broken_at_words_only(words, below):
+    line = " ".join(words)
+    with mock.patch.dict(os.environ, {"COLUMNS": "40"}):
+        assert folded(line, io.StringIO(), below) == line, "in a pipe it stays one line"
+        assert folded(f"  {line}", Screen(), below) == f"  {line}", "a command can be copied"
+        parts = folded(line, Screen(), below).split("\n")
+    assert " ".join(part.strip() for part in parts).split() == line.split()
+    assert all(len(part) <= 40 or len(part.split()) == 1 for part in parts)
+    indent = below if below <= 20 else 2
+    assert all(part.startswith(" " * indent) for part in parts[1:])
+
+
+def test_tables_and_messages_fit_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    for command in ("configs", "personas list"):
+        monkeypatch.setattr(sys, "stdout", Screen())
+        with pytest.raises(SystemExit), mock.patch.object(sys, "argv", ["peftlab", *command.split()]):
+            cli.main()
+        lines = sys.stdout.getvalue().splitlines()
+        assert len(lines) > 3 and max(map(len, lines)) <= 60
+        assert any(line.startswith("  ") for line in lines), "it goes on below itself"
+    monkeypatch.setattr(sys, "stderr", Screen())
+    say("peftlab: model nobody: not known here, and the Hub did not give it; offline, use tiny-gpt2 or tiny-t5")
+    assert max(map(len, sys.stderr.getvalue().splitlines())) <= 60

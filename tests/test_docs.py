@@ -180,6 +180,19 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(path), f"{page}: {target}"
 
 
+def test_pictures_are_shown_told_of_and_small():
+    """Each picture stands in a page, with words for whoever does not see it; the clone stays small."""
+    shown = {}
+    for page, text in PAGES.items():
+        for words, target in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", text):
+            shown[((ROOT / page).parent / target).resolve()] = words
+    there = sorted((ROOT / "docs/pictures").iterdir())
+    assert there and set(there) == set(shown)
+    assert [path.name for path in there if path.stat().st_size > 165_000] == []
+    assert sum(path.stat().st_size for path in there) < 630_000
+    assert all(len(words.split()) > 8 for words in shown.values())
+
+
 @pytest.mark.parametrize("page", sorted(set(PAGES) - {"LOG.md"}))
 def test_files_of_ours_that_are_named_exist(page):
     """`rl/ppo.py` and such, from the repository's root, the package or the page's folder. LOG.md tells of the past."""

@@ -127,6 +127,12 @@ def test_two_models_side_by_side_and_a_choice_that_is_kept(page, served):
         titles = [left.locator("h2").text_content(), right.locator("h2").text_content()]
         a, b = left.bounding_box(), right.bounding_box()
         assert a["x"] + a["width"] <= b["x"] and a["y"] == b["y"], "side by side"
+        assert b["y"] + b["height"] <= page.locator("footer").bounding_box()["y"], "the footer covers neither"
+        assert right.locator(".text").text_content() == says["one"].strip(), "no indentation"
+        if number == 3:
+            page.set_viewport_size({"width": 400, "height": 760})
+            buttons = [button.bounding_box()["y"] for button in page.locator("[data-choice]").all()]
+            assert len(buttons) == 3 and len(set(buttons)) == 1, "the three choices stand in one row on a phone"
         page.keyboard.press(key)
         page.wait_for_selector(f".note:has-text('kept as pair {number}')")
         page.wait_for_selector(IDLE)

@@ -25,7 +25,7 @@ class Scorer:
         return cls(spec, want, reward_of(spec, want, device=device))
 
     def told(self, asked: str, reply: str) -> str:
-        """`reward +1.42 = imdb-sentiment +1.42 [...]`, a weight before a part where it has one.
+        """`reward +1.42 = imdb-sentiment +1.42, wants positive`, a weight before a part where it has one.
 
         Raises LabError where a part cannot score a conversation: rubric:label asks for a gold label.
         """
@@ -35,4 +35,4 @@ class Scorer:
             f"{'' if weights.get(name, 1.0) == 1 else f'{weights[name]:g} x '}{name} {float(value[0]):+.2f}"
             for name, value in parts.items()
         ]
-        return f"reward {float(total[0]):+.2f} = {' + '.join(terms)} (wants {self.want})"
+        return f"reward {float(total[0]):+.2f} = {' + '.join(terms)}, wants {self.want}"

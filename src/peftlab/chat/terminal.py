@@ -34,10 +34,11 @@ def told(decoding: Decoding) -> str:
 
 HELP = f"""\
 /help                  this list
-/adapter NAME          let an adapter answer (off: the bare base)
+/adapter NAME          let an adapter or a model answer (off: the bare base)
 /adapter               which there are
 /mix a=0.7 b=0.3       a weighted sum of adapters: plain LoRA on one base
-/persona NAME          answer as a persona (auto: one for each turn; off: none)
+/persona NAME          answer as a persona (auto: one is picked for each turn;
+                       off: who answered before)
 /compare A B [TEXT]    two answers side by side, to TEXT or to your last turn;
                        A and B are adapters, personas, models or off
 /score on|off          what a reward says of each reply, part by part
@@ -78,6 +79,7 @@ class Terminal:
         self.router = router if isinstance(router, Router) else None  # while it picks who answers
         self.router_name = router if isinstance(router, str) else router.classifier.name
         self.scoring = False
+        self._before: Voice | None = session.voice if session.voice.persona is None else None  # the last of no persona
         self._scorers: dict[tuple[str, str], Scorer] = {}
         self._written: Path | None = None
         self.commands: dict[str, Callable[[str], None]] = {
@@ -153,6 +155,8 @@ class Terminal:
         try:
             with hushed():
                 self.screen.stream(self._speaker(self.session.voice), pieces)
+            if not self.session.turns[-1].content.strip():
+                self.screen.note("(nothing: the model ended its reply at once; /retry asks again)")
         except KeyboardInterrupt:
             pieces.close()  # type: ignore[attr-defined]
         context = f"the context of {self.session.context} tokens"
@@ -177,12 +181,12 @@ class Terminal:
 
     def persona(self, name: str) -> None:
         if not name:
-            self.screen.note(f"personas: {', '.join(persona_files())}; auto picks one for each turn, off is none")
+            self.screen.note(f"personas: {', '.join(persona_files())}; auto picks one for each turn, off ends it")
         elif name == AUTO:
             self.router = Router.load(self.router_name, self.cast.device)
             self.screen.note(f"({self._routed()})")
         elif name == OFF:
-            self._go_on(self.cast.off(self.session.voice))
+            self._go_on(self._before or self.cast.off(self.session.voice))
         else:
             self._go_on(self.cast.persona(name))
 
@@ -299,6 +303,7 @@ class Terminal:
         self.router = None
         self.session.speak_as(voice)
         voice.act()
+        self._before = voice if voice.persona is None else self._before
         self.screen.note(f"({voice.label} answers, {self._manner()})")
 
     def _reward(self) -> Scorer:

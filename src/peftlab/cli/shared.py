@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..runs.progress import folded
 from ..runs.sanitize import sanitize
 
 RUNS = Path("runs")
@@ -34,7 +35,7 @@ def print_value(value: Any, as_json: bool) -> None:
         return
     width = max(map(len, value), default=0)
     for key, item in value.items():
-        print(f"{key:{width}}  {cell(item)}")
+        print(folded(f"{key:{width}}  {cell(item)}", sys.stdout, width + 2))
 
 
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:
@@ -63,7 +64,10 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """A plain table whose columns are as wide as their widest cell; readable when piped."""
+    """A plain table whose columns are as wide as their widest cell; readable when piped.
+
+    On a terminal too narrow for it the last column goes on below itself.
+    """
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -73,7 +77,8 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     table = [list(rows[0]), *[[cell(value) for value in row.values()] for row in rows]]
     widths = [max(len(line[i]) for line in table) for i in range(len(rows[0]))]
     for line in table:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        text = "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        print(folded(text, sys.stdout, sum(widths[:-1]) + 2 * len(widths) - 2))
 
 
 def short(reason: str | None, most: int = 60) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import UserError
+from ..runs.progress import folded
 from .shared import RUNS, Json, Overrides, examples, loading, print_plan, print_summary
 
 app = typer.Typer()
@@ -130,7 +132,8 @@ def configs(name: Annotated[str | None, typer.Argument(help="show this config's 
     shipped = shipped_configs()
     if name is None:
         for known, path in shipped.items():
-            print(f"{known:24} {path.read_text().splitlines()[0].removeprefix('# ')}")
+            told = path.read_text().splitlines()[0].removeprefix("# ")
+            print(folded(f"{known:24} {told}", sys.stdout, 25))
     elif name in shipped:
         print(shipped[name].read_text(), end="")
     else:

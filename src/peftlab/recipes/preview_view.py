@@ -19,8 +19,11 @@ OPEN, CLOSE, BETWEEN = "[[", "]]", "|"
 def show(found: dict[str, Any], console: Console) -> None:
     """Print the rows of `preview`, then the figures of its sample; the table of lengths is the caller's."""
     colour = console.color_system is not None and not console.no_color
-    for line in [_legend(found, colour), *_rows(found["rows"], colour), _sample(found)]:
+    told = not console.is_terminal  # in a pipe a line stays one; the tokens' own spaces are never broken away
+    console.print(_legend(found, colour), soft_wrap=told, highlight=False)
+    for line in _rows(found["rows"], colour):
         console.print(line, soft_wrap=True, highlight=False)
+    console.print(_sample(found), soft_wrap=told, highlight=False)
 
 
 def _legend(found: dict[str, Any], colour: bool) -> Text:

@@ -8,11 +8,13 @@ terminal whole.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 from .panel import Panel
 from .ranks import rank
@@ -74,13 +76,27 @@ def say(message: str) -> None:
     """
     if rank():
         return
+    text = "\n".join(folded(line, sys.stderr) for line in sanitize(message).split("\n"))
     if Progress.open and Progress.drawn:
-        _write(f"{_erased()}{sanitize(message)}\n{Progress.drawn}")
+        _write(f"{_erased()}{text}\n{Progress.drawn}")
         return
     if Progress.open:
         _write("\n")
         Progress.open = False
-    _write(f"{sanitize(message)}\n")
+    _write(f"{text}\n")
+
+
+def folded(line: str, file: TextIO, below: int = 0) -> str:
+    """A line as it goes to `file`: on a terminal too narrow for it broken at words, the rest below column `below`.
+
+    In a pipe it stays one line, as does one that begins with two spaces: a command, to be copied whole.
+    """
+    width = shutil.get_terminal_size().columns
+    if not file.isatty() or len(line) <= width or line.startswith("  "):
+        return line
+    indent = " " * (below if below <= width // 2 else 2)
+    parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(parts)
 
 
 def complain(message: str) -> None:

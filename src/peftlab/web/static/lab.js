@@ -97,9 +97,10 @@ class Answer {
       this.tokens.push(token);
       const likely = Math.exp(token.logprob);
       const look = "token " + LIMITS.find(([least]) => likely >= least)[1];
-      // The space before a word stands outside: at the end of a line it would be a sliver of colour.
+      // The space before a word stands outside: at the end of a line it would be a sliver of colour. Before the first
+      // word it would be an indentation.
       const [, space, word] = /^( ?)([^]*)$/.exec(token.token);
-      this.body.append(word ? space : "", make("span", look, word || space));
+      this.body.append(word && this.tokens.length > 1 ? space : "", make("span", look, word || space));
     }
   }
 
@@ -185,11 +186,16 @@ async function send() {
   await written(right ? [left, right] : [left], [asked, row], text);
 }
 
+// The newest turn stands right above the footer, which would cover the end of what is scrolled into view otherwise.
+function toEnd() {
+  window.scrollTo(0, document.documentElement.scrollHeight);
+}
+
 // Let the answers write themselves; a turn that came to nothing is taken back.
 async function written(answers, rows, text) {
   running = new AbortController();
   busy(true);
-  rows[1].scrollIntoView({ block: "end" });
+  toEnd();
   const ends = await Promise.allSettled(answers.map((answer) => answer.write(running.signal)));
   const stopped = running.signal.aborted;
   running = null;
@@ -209,7 +215,7 @@ async function written(answers, rows, text) {
   else judged(true);
   busy(false);
   byId("status").textContent = answers.length === 1 ? "The reply is complete." : "Both replies are complete.";
-  rows[1].scrollIntoView({ block: "end" });
+  toEnd();
 }
 
 async function scored(answers) {

@@ -78,7 +78,8 @@ function show(told) {
   byId("undo").ariaDisabled = done === 0;  // `disabled` would take the focus away
   byId("agreement-text").textContent = agreement();
   if (pair !== null) {
-    for (const part of ["prompt", "left", "right"]) byId(part).textContent = pair[part];
+    // The space that parts an answer from its prompt would be an indentation.
+    for (const part of ["prompt", "left", "right"]) byId(part).textContent = pair[part].replace(/^ /, "");
     window.scrollTo(0, 0);
   } else {
     result();
