@@ -38,7 +38,7 @@ HELP = f"""\
 /adapter               which there are
 /mix a=0.7 b=0.3       a weighted sum of adapters: plain LoRA on one base
 /persona NAME          answer as a persona (auto: one is picked for each turn;
-                       off: who answered before)
+                       off: who answered before, as before)
 /compare A B [TEXT]    two answers side by side, to TEXT or to your last turn;
                        A and B are adapters, personas, models or off
 /score on|off          what a reward says of each reply, part by part
@@ -79,7 +79,7 @@ class Terminal:
         self.router = router if isinstance(router, Router) else None  # while it picks who answers
         self.router_name = router if isinstance(router, str) else router.classifier.name
         self.scoring = False
-        self._before: Voice | None = session.voice if session.voice.persona is None else None  # the last of no persona
+        self._before: Session | None = None  # as it was when a persona took over
         self._scorers: dict[tuple[str, str], Scorer] = {}
         self._written: Path | None = None
         self.commands: dict[str, Callable[[str], None]] = {
@@ -149,7 +149,7 @@ class Terminal:
             choice = self.router.pick(text)
             self.screen.note(f"({choice.told()})")
             if self.session.voice.label != choice.persona:
-                self.session.speak_as(self.cast.persona(choice.persona))
+                self._speak_as(self.cast.persona(choice.persona))
         before = self.session.dropped
         pieces = self.session.reply(text)
         try:
@@ -186,7 +186,7 @@ class Terminal:
             self.router = Router.load(self.router_name, self.cast.device)
             self.screen.note(f"({self._routed()})")
         elif name == OFF:
-            self._go_on(self._before or self.cast.off(self.session.voice))
+            self._end_persona()
         else:
             self._go_on(self.cast.persona(name))
 
@@ -301,10 +301,21 @@ class Terminal:
     def _go_on(self, voice: Voice) -> None:
         """Let `voice` answer from now on, picked by the user."""
         self.router = None
-        self.session.speak_as(voice)
+        self._speak_as(voice)
         voice.act()
-        self._before = voice if voice.persona is None else self._before
         self.screen.note(f"({voice.label} answers, {self._manner()})")
+
+    def _speak_as(self, voice: Voice) -> None:
+        if voice.persona is not None and self.session.voice.persona is None:
+            self._before = replace(self.session)
+        self.session.speak_as(voice)
+
+    def _end_persona(self) -> None:
+        """Give the word back to who had it before a persona, with their settings and system text."""
+        before = self._before if self.session.voice.persona is not None else replace(self.session)
+        self._go_on(before.voice if before else self.cast.off(self.session.voice))
+        if before is not None:
+            self.session.decoding, self.session.system = before.decoding, before.system
 
     def _reward(self) -> Scorer:
         """The persona's reward, or the chat's; loaded at first use."""
