@@ -65,8 +65,8 @@ def summaries() -> list[Job]:
     """ROUGE of the four ways to teach tiny-t5 to say the gist of a review."""
     seeded = "batch_size=64 eval_limit=0 seed="
     methods = {
-        "prefix-full": "lr=1e-2 epochs=8",
-        "prefix": "lr=1e-2 epochs=8",
+        "prefix-full": "lr=3e-3 epochs=8",
+        "prefix": "lr=3e-3 epochs=8",
         "lora": "lr=2e-3 epochs=4",
         "full": "lr=1e-3 epochs=4",
     }
@@ -169,7 +169,7 @@ def overoptimization() -> list[Job]:
                     Job(
                         f"{name}-kl{target}",
                         f"ppo ppo-tiny model=RUNS/sft reward=RUNS/{name}/adapter prompt_tokens=[2,8] max_new_tokens=48 "
-                        f"steps=100 prompts_per_step=128 kl_target={target} kl_horizon=2000 eval_prompts=750",
+                        f"steps=100 prompts_per_step=128 kl_target={target} kl_horizon=2000 kl_stop=0 eval_prompts=750",
                         (name,),
                     )
                     for target in (2, 5, 10, 20, 40)
@@ -184,7 +184,7 @@ def rank() -> list[Job]:
     return [
         Job("sft", "sft sft-tiny"),
         *(
-            Job(f"r{r}-s{seed}", f"ppo ppo-tiny {keys} seed={seed} lora.r={r} lora.alpha={2 * r}", ("sft",))
+            Job(f"r{r}-s{seed}", f"ppo ppo-tiny {keys} seed={seed} lora.r={r} lora.alpha=32", ("sft",))
             for seed in range(3)
             for r in (1, 4, 16, 64, 352)
         ),
