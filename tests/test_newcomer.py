@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -160,7 +161,8 @@ cli.main()
 
 def test_a_terminal_is_told_of_the_loading_before_it_begins():
     words = ["sft", "model=./nowhere", "--dry-run", "--json"]
-    done = subprocess.run([sys.executable, "-c", START % words], capture_output=True, text=True)
+    wide = os.environ | {"COLUMNS": "400"}  # so wide that a message is a line
+    done = subprocess.run([sys.executable, "-c", START % words], capture_output=True, text=True, env=wide)
     first, second = done.stdout.splitlines()
     assert first == "loading ... False" and second.startswith("peftlab: model './nowhere'")
     assert peftlab("sft model=./nowhere --dry-run").err.startswith("peftlab: "), "and nobody else is"
