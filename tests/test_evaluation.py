@@ -135,6 +135,20 @@ def test_any_metric_of_rows_has_an_interval():
     assert all(low < found[name] < high for name, (low, high) in intervals.items())
 
 
+def test_the_interval_of_a_calibration_error_is_about_the_error():
+    rng = np.random.default_rng(0)
+    for rows in (60, 400):
+        positive = rng.uniform(0, 1, rows)
+        labels = (rng.uniform(0, 1, rows) < positive).astype(int)
+        probabilities = np.stack([1 - positive, positive], axis=1)
+
+        def error(picked, of=probabilities, true=labels):
+            return expected_calibration_error(of[picked], true[picked])
+
+        low, high = bootstrap_rows(error, rows)
+        assert low < error(np.arange(rows)) < high
+
+
 @given(TEXTS, st.integers(1, 3))
 def test_distinct_n_is_a_share_that_repetition_lowers(texts, n):
     share = distinct_n(texts, n)

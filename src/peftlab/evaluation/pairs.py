@@ -76,12 +76,8 @@ def pair_metrics(pairs: ScoredPairs) -> dict[str, float]:
 def pair_intervals(pairs: ScoredPairs) -> dict[str, tuple[float, float]]:
     """95% bootstrap intervals: of accuracy over prompts, whose pairs belong together, of ECE over pairs."""
     probabilities, labels = pairs.probabilities, np.ones(len(pairs.records), dtype=int)
-    return {
-        "eval/pair_accuracy": accuracy_interval(pairs),
-        "eval/ece": bootstrap_rows(
-            lambda rows: expected_calibration_error(probabilities[rows], labels[rows]), len(labels)
-        ),
-    }
+    low, high = bootstrap_rows(lambda rows: expected_calibration_error(probabilities[rows], labels[rows]), len(labels))
+    return {"eval/pair_accuracy": accuracy_interval(pairs), "eval/ece": (max(0.0, low), high)}
 
 
 def accuracy_interval(pairs: ScoredPairs) -> tuple[float, float]:
