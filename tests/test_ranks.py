@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # An epoch has a short last batch, of fewer rows than there are processes where it has one row. Prompts are whole, so
 # that the two processes pad to different widths. No dropout: each process would draw masks of its own.
 SUPERVISED = ["batch_size=8", "max_steps=9", "lr=1e-3"]
-POLICY = ["task=custom", "reward=gate:count", "steps=4", "kl_target=1.0", "save_every=2"]
+POLICY = ["task=custom", "reward=rank_gate:count", "steps=4", "kl_target=1.0", "save_every=2"]
 MORE = {
     "pretrain": [*SUPERVISED, "dropout=0"],
     "sft": [*SUPERVISED, "max_length=16", "train_limit=30", "batch_size=4"],
@@ -73,7 +73,7 @@ def shop(tmp_path_factory) -> dict[str, str]:
     plain = tiny.encoder_folder(root / "plain-encoder")
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(config | {"seq_classif_dropout": 0.0}))
-    (root / "gate.py").write_text(GATE)
+    (root / "rank_gate.py").write_text(GATE)
     return shop | {"plain_encoder": str(plain)}
 
 
@@ -113,7 +113,7 @@ def runs(shop) -> tuple[Path, Path, list[str]]:
     jobs: list[dict[str, Any]] = [{"verb": verb, "pairs": pairs(shop, verb), "run": verb} for verb in MORE]
     jobs += [{"verb": "sft", "pairs": pairs(shop, "sft", DROPPED), "run": "dropped"}]
     jobs += [jobs[-1] | {"run": "stopped", "stop": 5}, jobs[-1] | {"run": "stopped", "resume": True}]
-    jobs += [{"verb": "ppo", "pairs": pairs(shop, "ppo", [*POLICY, "reward=gate:broken"]), "run": "broken"}]
+    jobs += [{"verb": "ppo", "pairs": pairs(shop, "ppo", [*POLICY, "reward=rank_gate:broken"]), "run": "broken"}]
     ports = free_ports(len(jobs))
     (root / "jobs.json").write_text(json.dumps([job | {"port": p} for job, p in zip(jobs, ports, strict=True)]))
     ended = two(root, str(Path(__file__).with_name("rank_jobs.py")), str(root / "jobs.json"))
@@ -190,7 +190,7 @@ def test_what_fails_in_one_process_ends_both(runs):
 
 
 def test_a_launcher_that_is_told_to_end_leaves_a_run_that_resumes(shop, runs, tmp_path):
-    (tmp_path / "gate.py").write_text(GATE)
+    (tmp_path / "rank_gate.py").write_text(GATE)
     line = ["-m", "peftlab.cli", "ppo", *pairs(shop, "ppo"), "--run", "ppo"]
     (port, other) = map(str, free_ports(2))
     launcher = subprocess.Popen(
