@@ -262,23 +262,28 @@ def rows(jobs: list[Job], runs: Path) -> list[dict[str, Any]]:
 
 
 def gao_fits(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of runs named REWARD-klTARGET, a row a reward and score: d (alpha - beta ln d) through the score's gains.
+    """Of runs named REWARD-klTARGET, a row a reward and score: d (alpha - beta ln d) through 3 or more gains.
 
     d is the square root of the KL in nats (Gao et al. 2023, eq. 2); alpha and beta by least squares, with their R^2.
     """
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in found:
         reward, target, _ = str(row["group"]).partition("-kl")
-        for score in ("eval/judge", "eval/reward") if target else ():
+        for score in ("eval/judge", "eval/reward"):
+            if not (target and score in row and row["eval/kl"][0] > 0):
+                continue
             gain = row[score][0] - row["before"][score]
             points.setdefault((reward, score), []).append((math.sqrt(row["eval/kl"][0]), gain))
     fits = []
     for (reward, score), pairs in points.items():
+        if len(pairs) < 3:
+            continue
         d, gains = np.array(pairs).T
         columns = np.stack([d, -d * np.log(d)], axis=1)
         (alpha, beta), *_ = np.linalg.lstsq(columns, gains, rcond=None)
         left = gains - columns @ [alpha, beta]
-        r2 = 1 - (left @ left) / ((gains - gains.mean()) @ (gains - gains.mean()))
+        spread = (gains - gains.mean()) @ (gains - gains.mean())
+        r2 = 1 - left @ left / spread if spread else 0.0
         best = max(pairs, key=lambda pair: pair[1])
         fits.append(
             {"fit": reward, "score": score, "points": len(pairs), "alpha": round(float(alpha), 4),
@@ -306,7 +311,9 @@ def main() -> int:
         return 0
     complete = execute(jobs, runs, Machine(given.gpus.split(",") * given.per_gpu))
     found = rows(jobs, runs)
-    for row in [*found, *gao_fits(found)]:
+    for row in found:
+        print(json.dumps(row))
+    for row in gao_fits(found):
         print(json.dumps(row))
     return 0 if complete else 1
 

@@ -103,6 +103,13 @@ def test_the_stream_joins_to_the_whole_reply(session, seed):
     assert len(pieces) > 3 and all(pieces)
 
 
+def test_a_small_context_cuts_a_reply_and_not_the_setting(session):
+    session.decoding = Decoding(max_new_tokens=session.context + 9)
+    assert session.acting.max_new_tokens == session.context - 1 < session.decoding.max_new_tokens
+    assert list(session.reply("the film")) and session.cut
+    assert session.decoding.max_new_tokens == session.context + 9
+
+
 def test_whole_characters_are_streamed(session, monkeypatch):
     """A character of three tokens comes in one piece."""
     said = session.sampler.tokenizer("é 雪 ok")["input_ids"]

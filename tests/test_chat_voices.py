@@ -234,6 +234,8 @@ def test_persona_off_gives_the_word_back_to_who_had_it(chat, personas):
     chat("/mix plain=0.7 other=0.3", "/set max_new_tokens=3", "/system be brief", "/persona kind", "/persona off")
     assert chat.session.voice.weights == {"plain": 0.7, "other": 0.3}
     assert (chat.session.decoding.max_new_tokens, chat.session.system) == (3, "be brief")
+    chat("/persona kind", "/system be short", "/set max_new_tokens=4", "/persona off")  # what was set since, stays
+    assert (chat.session.decoding.max_new_tokens, chat.session.system) == (4, "be short")
     chat("/persona kind", "/adapter plain", "/persona off")  # none answers: all stays as it is
     assert chat.session.voice.weights == {"plain": 1.0}
     chat.session.speak_as(chat.cast.persona("kind"))  # a chat that begins as a persona has nobody to go back to

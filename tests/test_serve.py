@@ -238,10 +238,12 @@ def test_half_a_surrogate_pair_is_no_text(server, house):
     for path, body in {
         "/v1/completions": {"model": house.base, "prompt": "\ud800"},
         "/v1/chat/completions": {"model": house.base, "messages": said},
-        "/v1/score": {"model": "rubric:length + 2*rubric:ended", "prompt": "a film", "completion": "\ud800"},
+        "/v1/score": {"model": "rubric:length + 2*rubric:ended", "prompt": "a film", "completion": ["\ud800"]},
     }.items():
         status, _, told = server.send("POST", path, body)
         assert status == 400 and "surrogate" in told["error"]["message"], path
+    status, _, told = server.send("POST", "/v1/completions", {"model": house.base, "prompt": "a", "stop": [7]})
+    assert status == 400 and told["error"]["param"].startswith("stop") and "function" not in str(told)
 
 
 def test_what_changes_nothing_is_taken(server, house):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftlab.data.collate import collate_language
-from peftlab.data.tokenize import IGNORED, document_ids, pack, prompt_completion
+from peftlab.data.tokenize import IGNORED, document_ids, labelled, pack, prompt_completion
 from peftlab.evaluation.perplexity import row_nlls
 from peftlab.recipes.launch import dry_run, launch
 from peftlab.runs.atomic import read_rows
@@ -53,6 +53,14 @@ def test_packing_keeps_every_token_once_and_every_document_whole(lengths, size):
             assert label == (IGNORED if position == 0 else token)
             pieces[-1].append(token)
     assert sorted(pieces) == sorted(d[i : i + size] for d in documents for i in range(0, len(d), size))
+
+
+def test_a_block_of_last_tokens_teaches_nothing():
+    """Twenty documents, each a token too long: a block of sixteen last tokens and one of four."""
+    rows = pack(documents_of([17] * 20), 16)
+    assert len(rows) == 22 and labelled(rows) == [row for row in rows if row["position_ids"] == list(range(16))]
+    mixed = pack(documents_of([17, 5]), 16)
+    assert labelled(mixed) == mixed
 
 
 @given(LENGTHS, st.integers(1, 40))

@@ -61,6 +61,11 @@ class Session:
         return self.voice.context
 
     @property
+    def acting(self) -> Decoding:
+        """The decoding, with no more new tokens than this voice's context has room for."""
+        return replace(self.decoding, max_new_tokens=min(self.decoding.max_new_tokens, self.context - 1))
+
+    @property
     def used(self) -> int:
         """Tokens of the turns that the model is shown."""
         return len(self._format(self.turns[self.dropped :])) if self.turns else 0
@@ -71,8 +76,6 @@ class Session:
             self.decoding = default_decoding(voice)
         if voice.persona is not self.voice.persona:
             self.system = voice.persona.system if voice.persona else ""
-        most = min(self.decoding.max_new_tokens, voice.context - 1)
-        self.decoding = replace(self.decoding, max_new_tokens=most)
         self.voice, self.dropped = voice, 0
 
     def reply(self, text: str) -> Iterator[str]:
@@ -99,7 +102,7 @@ class Session:
 
     def fit(self) -> list[int]:
         """Token ids of the conversation; oldest turns are dropped until a whole reply fits into the context."""
-        room = self.context - self.decoding.max_new_tokens
+        room = self.context - self.acting.max_new_tokens
         while True:
             shown = self.turns[self.dropped :]
             ids = self._format(shown)
@@ -134,7 +137,7 @@ class Session:
         self.seed += 1
         tokens: list[int] = []
         shown = ""
-        for token, _ in self.sampler.decode(ids, mask, [self.seed], self.decoding):
+        for token, _ in self.sampler.decode(ids, mask, [self.seed], self.acting):
             tokens.append(int(token))
             text = self.sampler.text(tokens)
             # A character of several tokens decodes to U+FFFD until it is whole.

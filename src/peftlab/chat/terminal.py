@@ -21,7 +21,7 @@ from .router import Router
 from .score import DEFAULT as REWARD
 from .score import Scorer
 from .screen import Screen
-from .session import Session, transcript
+from .session import Session, default_decoding, transcript
 from .voices import OFF, Cast, Voice, weights_of
 
 SETTINGS: dict[str, Callable[[str], Any]] = {"temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int}
@@ -282,7 +282,7 @@ class Terminal:
         self.screen.note(f"({name}: {len(turns)} turns{more})")
 
     def status(self, _: str) -> None:
-        session, voice, kept = self.session, self.session.voice, self.session.decoding.max_new_tokens
+        session, voice, kept = self.session, self.session.voice, self.session.acting.max_new_tokens
         rows = {
             "answers": f"{voice.label}, {self._manner()}",
             "picked by": self.router_name if self.router else "you",
@@ -311,11 +311,19 @@ class Terminal:
         self.session.speak_as(voice)
 
     def _end_persona(self) -> None:
-        """Give the word back to who had it before a persona, with their settings and system text."""
-        before = self._before if self.session.voice.persona is not None else replace(self.session)
-        self._go_on(before.voice if before else self.cast.off(self.session.voice))
-        if before is not None:
-            self.session.decoding, self.session.system = before.decoding, before.system
+        """Give the word back to who had it before a persona.
+
+        Their settings and system text come back too, where those of the persona were not changed since.
+        """
+        now = replace(self.session)
+        before = self._before if now.voice.persona is not None else now
+        self._go_on(before.voice if before else self.cast.off(now.voice))
+        if before is None:
+            return
+        brought = now.voice.persona
+        own = brought is None or now.decoding != default_decoding(now.voice)
+        self.session.decoding = now.decoding if own else before.decoding
+        self.session.system = now.system if brought is None or now.system != brought.system else before.system
 
     def _reward(self) -> Scorer:
         """The persona's reward, or the chat's; loaded at first use."""

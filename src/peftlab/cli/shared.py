@@ -66,7 +66,8 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
 def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     """A plain table whose columns are as wide as their widest cell; readable when piped.
 
-    On a terminal too narrow for it the last column goes on below itself.
+    On a terminal too narrow for it a line is broken at words, and goes on below its last column if that begins in the
+    terminal's left half, else two columns in.
     """
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -80,6 +80,11 @@ def pack(documents: Iterable[Sequence[int]], length: int) -> list[Row]:
     return [_block(parts) for parts in blocks]
 
 
+def labelled(rows: Sequence[Row]) -> list[Row]:
+    """Those that have a label: a block of last tokens, which cuts left alone, has none and nothing to learn from."""
+    return [row for row in rows if any(label != IGNORED for label in row["labels"])]
+
+
 def _block(parts: Sequence[Sequence[int]]) -> Row:
     return {
         "input_ids": [token for part in parts for token in part],

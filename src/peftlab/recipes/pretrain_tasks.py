@@ -10,7 +10,7 @@ import torch
 
 from ..data.collate import collate_language, collate_seq2seq
 from ..data.spans import PREFIX, SPANS, Gap, Views, blocks, gaps
-from ..data.tokenize import Row, document_ids, pack
+from ..data.tokenize import Row, document_ids, labelled, pack
 from ..errors import UserError
 from ..evaluation.perplexity import row_nlls
 from ..evaluation.targets import target_nlls
@@ -47,7 +47,7 @@ class LanguageModelling(Task):
 
     def __init__(self, train: list[str], test: list[str], tokenizer: Any, length: int) -> None:
         self.tokenizer = tokenizer
-        self.rows = pack(document_ids(train, tokenizer), length)
+        self.rows = labelled(pack(document_ids(train, tokenizer), length))
         self.held_out = pack(document_ids(test, tokenizer), length)
         self.lengths = [row_length(row) for row in self.rows]
         self.epoch_rows, self.epoch_tokens = len(self.rows), sum(self.lengths)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..data.collate import collate_language
 from ..data.records import Conversation, PromptCompletion, Text
-from ..data.tokenize import PLAIN_CHAT, Row, document_ids, encode, pack, prompt_completion
+from ..data.tokenize import PLAIN_CHAT, Row, document_ids, encode, labelled, pack, prompt_completion
 from ..errors import UserError
 from ..evaluation.explanations import GREEDY, evaluate_explanations
 from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
@@ -126,7 +126,10 @@ def rows_of(records: list[Any], tokenizer: Any, config: SftConfig) -> list[Row]:
     if len(texts) + len(pairs) < len(records):
         raise UserError(f"train_data {config.train_data}: rows of `text`, `prompt` and `completion`, or `messages`")
     rows = pack(document_ids(texts, tokenizer, config.document_tokens), config.max_length)
-    return rows + [prompt_completion(*pair, tokenizer, config.max_length) for pair in pairs]
+    rows = labelled([*rows, *(prompt_completion(*pair, tokenizer, config.max_length) for pair in pairs)])
+    if not rows:
+        raise UserError(f"train_data {config.train_data}: no text has two tokens, of which the second could be learned")
+    return rows
 
 
 def _as_pair(record: Conversation, tokenizer: Any, config: SftConfig) -> tuple[str, str]:

@@ -132,9 +132,11 @@ class LabTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **options)
         if FILLER in inputs:
             model.eval()  # what takes note of the rows that it is trained on leaves this one out
-        share = _counted(inputs) / self.counted
+        share = _counted(inputs) / max(self.counted, 1)
         bare = {name: value for name, value in inputs.items() if name != FILLER}
         loss: Any = super().compute_loss(model, bare, *args, **options)
+        if not share:
+            loss = torch.nan_to_num(loss)  # a part without a label has the mean of nothing
         return loss * share * ranks.size()  # gradients become the mean over the processes
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:

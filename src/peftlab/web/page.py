@@ -12,7 +12,7 @@ from starlette.responses import FileResponse
 from ..data.records import Message
 from .api import Api
 from .app import STATIC
-from .schemas import Said, Whole
+from .schemas import Body, Said
 
 
 class Keeper(Protocol):
@@ -26,10 +26,10 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    text: Whole
+    text: str
 
 
-class Preferred(BaseModel):
+class Preferred(Body):
     """Which answer to a conversation is better; `seconds` after both were there."""
 
     model_config = ConfigDict(extra="forbid")

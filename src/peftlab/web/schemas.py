@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .reply import Piece, Token
 
@@ -27,21 +28,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _whole(text: str) -> str:
-    """JSON may spell half of a surrogate pair, which is no character: no tokenizer reads it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no character") from None
-    return text
-
-
-Whole = Annotated[str, AfterValidator(_whole)]
-Text = Annotated[Whole, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class Asked(BaseModel):
+class Body(BaseModel):
+    """A request's. JSON may spell half of a surrogate pair, which is no character: no tokenizer reads it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _characters(cls, given: Any) -> Any:
+        try:
+            json.dumps(given, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair, which is no character") from None
+        return given
+
+
+class Asked(Body):
     """What the two endpoints that write text share."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -52,7 +56,7 @@ class Asked(BaseModel):
     top_k: int | None = Field(None, ge=0)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Whole | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: str | Annotated[list[Text], Field(max_length=4)] | None = None
     stream: bool = False
 
     @model_validator(mode="before")
@@ -83,14 +87,14 @@ class TextPart(BaseModel):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: Whole
+    text: str
 
 
 class Said(BaseModel):
     """A message of a conversation; `developer` is another word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Whole | list[TextPart]
+    content: str | list[TextPart]
 
     @property
     def speaker(self) -> str:
@@ -119,7 +123,7 @@ class ChatAsked(Asked):
 class TextAsked(Asked):
     """POST /v1/completions."""
 
-    prompt: Whole | Annotated[list[Whole], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)] = ""
+    prompt: str | Annotated[list[str], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)] = ""
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
@@ -133,13 +137,13 @@ class TextAsked(Asked):
         return self.logprobs
 
 
-class ScoreAsked(BaseModel):
+class ScoreAsked(Body):
     """POST /v1/score: completions of one prompt."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model: str
-    prompt: Whole = ""
-    completion: Whole | Annotated[list[Whole], Field(min_length=1, max_length=64)]
+    prompt: str = ""
+    completion: str | Annotated[list[str], Field(min_length=1, max_length=64)]
 
     @property
     def completions(self) -> list[str]:
