@@ -44,7 +44,7 @@ smartquotes = False
 
 html_theme = "furo"
 html_title = f"PEFT Lab {release}"
-html_static_path = ["_static"]
+html_static_path = ["_static", "pictures"]
 html_css_files = ["lab.css"]
 html_theme_options = {"top_of_page_buttons": []}
 html_copy_source = html_show_copyright = html_show_sphinx = html_use_index = False
@@ -73,6 +73,8 @@ def rendered(text: str) -> str:
     body = MarkdownIt("commonmark").enable("table").render(text)
     body = re.sub(r'href="docs/([\w-]+)\.md', r'href="../\1.html', body)
     body = re.sub(r'href="(\w+\.md)', r'href="\1.html', body)
+    body = body.replace('src="docs/pictures/', 'src="../_static/')
+    body = re.sub(r'<a href="notebooks/[^"]*">(.*?)</a>', r"\1", body)  # the repository has them, the site has not
     for plain, styled in STYLED.items():  # as Sphinx would have written it
         body = body.replace(plain, styled)
     return body

@@ -1,4 +1,4 @@
-"""Runs notebooks from top to bottom and keeps what they print: `python notebooks/execute.py [FILE ...]`."""
+"""Runs notebooks from top to bottom and keeps what they print: `python notebooks/execute.py [NAME ...]`."""
 
 from __future__ import annotations
 
@@ -23,5 +23,9 @@ def executed(path: Path) -> Any:
 
 
 if __name__ == "__main__":
-    for path in map(Path, sys.argv[1:] or sorted(HERE.glob("*.ipynb"))):
+    known = sorted(HERE.glob("*.ipynb"))
+    asked = [Path(word) if Path(word).is_file() else HERE / f"{word}.ipynb" for word in sys.argv[1:]]
+    if missing := [path.stem for path in asked if not path.is_file()]:
+        sys.exit(f"{missing[0]}: no such notebook; there are {', '.join(path.stem for path in known)}")
+    for path in asked or known:
         nbformat.write(executed(path), path)

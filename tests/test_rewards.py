@@ -106,6 +106,16 @@ def test_the_users_function_is_found_in_the_working_directory(tmp_path, monkeypa
             user_function(path)
 
 
+def test_what_a_users_function_raises_is_a_line_that_names_its_own(tmp_path, monkeypatch):
+    (tmp_path / "raising_rewards.py").write_text("def f(p, c, r):\n    return g(c)\n\n\ndef g(c):\n    return c[0].none\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(LabError, match=r"raising_rewards:f: raising_rewards.py, line 6: AttributeError: .*none"):
+        user_function("raising_rewards:f")([], ["a"], [])
+    with pytest.raises(UserError, match="raising_rewards is a module; name a function of it, raising_rewards:FUNCTION"):
+        reward_of("raising_rewards", "")
+
+
 @pytest.mark.parametrize("text", ["def f(:\n", "import not_installed_anywhere\n", "1 / 0\n"])
 def test_a_users_module_that_does_not_import_is_one_message(tmp_path, monkeypatch, text):
     name = f"broken_rewards_{len(text)}"

@@ -171,5 +171,6 @@ def _perplexity(backbone: Backbone, texts: list[str]) -> dict[str, Any]:
     )
     return {
         "metrics": {"eval/perplexity": perplexity(sums, counts)},
-        "intervals": {"eval/perplexity": perplexity_interval(sums, counts)},
+        # A single row knows no spread.
+        "intervals": {"eval/perplexity": perplexity_interval(sums, counts)} if len(sums) > 1 else {},
     }

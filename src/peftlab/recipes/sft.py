@@ -72,7 +72,8 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
             """Figures, their intervals, and the answers to `asked`."""
             sums, counts = row_nlls(model.eval(), test, tokenizer.pad_token_id)
             figures = {"eval/perplexity": perplexity(sums, counts)}
-            intervals = {"eval/perplexity": perplexity_interval(sums, counts)}
+            several = len(sums) > 1  # a single row knows no spread
+            intervals = {"eval/perplexity": perplexity_interval(sums, counts)} if several else {}
             if not asked:
                 return figures, intervals, []
             told = evaluate_explanations(Sampler(model, tokenizer), asked)

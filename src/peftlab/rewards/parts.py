@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LabError, UserError
+from ..errors import LabError, PeftlabError, UserError, brief
 from ..runs.names import NAME
 
 # (prompts, completions, records) -> one number per completion, or {part name: numbers}.
@@ -83,7 +84,10 @@ class Reward:
             except (TypeError, ValueError, RuntimeError) as error:
                 raise LabError(f"reward part {name}: did not return numbers: {error}") from None
             if values.shape != (len(completions),):
-                raise LabError(f"reward part {name}: {len(completions)} completions, but shape {tuple(values.shape)}")
+                raise LabError(
+                    f"reward part {name}: {len(completions)} completions, but values of shape {tuple(values.shape)}; "
+                    "return a number for each"
+                )
             if not torch.isfinite(values).all():
                 row = int((~torch.isfinite(values)).nonzero()[0])
                 raise LabError(f"reward part {name}: {float(values[row])} for completion {row}: {completions[row]!r}")
@@ -109,5 +113,21 @@ def user_function(path: str) -> RewardFunction:
     function = getattr(module, function_name)
     if not callable(function):
         raise UserError(f"reward {path!r}: {function_name} is not a function")
-    result: RewardFunction = function
-    return result
+    return _told_in_a_line(path, function, getattr(module, "__file__", None))
+
+
+def _told_in_a_line(path: str, function: RewardFunction, file: str | None) -> RewardFunction:
+    """The function; what it raises is a LabError that names its line."""
+
+    def called(*given: Any) -> Any:
+        try:
+            return function(*given)
+        except (PeftlabError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+            raise LabError(f"reward {path}: {place}: {brief(error)}") from error
+
+    return called

@@ -116,6 +116,8 @@ def _part(
         return RewardPart(name, function, term.weight)
     if term.is_function:
         return RewardPart(term.name.rpartition(":")[2], user_function(term.name), term.weight)
+    if Path(f"{term.name}.py").is_file() and not Path(term.name).exists():
+        raise UserError(f"reward: {term.name} is a module; name a function of it, {term.name}:FUNCTION")
     if kind_of(term.name) == "reward":
         return RewardPart(_called(term.name), learned(RewardModel.load(term.name, device, ground)), term.weight)
     classifier = TextClassifier.load(term.name, device=device)

@@ -148,11 +148,13 @@ class RunDir:
         # A run counts as begun once config.toml, written last, is there; what a kill left before that is ours
         # to replace.
         ours = {LOCK, "environment.json"}
-        if outcome(path)["status"] == "failed":  # before its first figure: once mended, the same command may run
+        failed = outcome(path)["status"] == "failed"
+        if failed:  # before its first figure: once mended, the same command may run
             ours |= {"config.toml", "events.jsonl", "summary.json", "report.html", "skipped.jsonl"}
         if any(entry.name not in ours and ".tmp-" not in entry.name for entry in path.iterdir()):
             raise UserError(
                 f"run folder {path} is not empty; --resume continues that run, another --run starts anew"
+                + ("; peftlab runs prune --status failed removes those that failed" if failed else "")
             )
         about = {
             "schema_version": 1,
