@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -19,10 +20,18 @@ import torch
 from commands import peftlab
 from safetensors.torch import load_file
 
+from peftlab.errors import LabError
+from peftlab.models.adapters import Lora
+from peftlab.models.backbone import Backbone, fingerprint
+from peftlab.models.roles import Roles
 from peftlab.ops import ranks
 from peftlab.recipes import RECIPES
 from peftlab.recipes.launch import launch
+from peftlab.rl.control import FixedKL
+from peftlab.rl.ppo import PPOSettings, PPOTrainer
+from peftlab.rl.rollout import PromptBatch
 from peftlab.runs.atomic import read_rows
+from peftlab.sampling.sampler import Decoding, Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -267,3 +276,27 @@ def test_alone_nothing_is_shared():
     assert figures[0].tolist() == [1.0, 2.0]
     assert (ranks.size(), ranks.rank(), ranks.share(5), ranks.objects("x")) == (1, 0, range(5), ["x"])
     assert (ranks.agreed(None), ranks.agreed(15)) == (None, 15)
+
+
+def ppo(tiny_causal) -> PPOTrainer:
+    """PPO on a random model, whose reward is the length of a completion."""
+    model, tokenizer = tiny_causal("gpt2")
+    roles = Roles(Backbone("tiny", model, tokenizer, fingerprint(model)), Lora(r=2, alpha=2))
+
+    def length(prompts, completions, records):
+        return torch.tensor([float(len(text)) for text in completions]), {}
+
+    return PPOTrainer(roles, Sampler(roles.twin, tokenizer), length, FixedKL(0.01), PPOSettings(), Decoding(4))
+
+
+def prompts(count: int) -> PromptBatch:
+    return PromptBatch([[3, 4]] * count, ["x"] * count, [None] * count)
+
+
+@pytest.mark.parametrize(("theirs", "broken"), [([math.nan, 0.0], "first_kl"), ([0.0, math.nan], "first_ratio_error")])
+def test_a_first_step_that_is_not_a_number_elsewhere_stops_this_process_too(tiny_causal, monkeypatch, theirs, broken):
+    trainer = ppo(tiny_causal)
+    rollout = trainer.collect(prompts(4))
+    monkeypatch.setattr(ranks, "objects", lambda mine: [mine, theirs])
+    with pytest.raises(LabError, match=f"{broken} is nan"):
+        trainer.check_first(rollout)
