@@ -11,26 +11,31 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from commands import peftlab
 from safetensors.torch import load_file
 
-from peftlab.errors import LabError
+from peftlab.errors import Interrupted, LabError
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone, fingerprint
 from peftlab.models.roles import Roles
 from peftlab.ops import ranks
 from peftlab.recipes import RECIPES
 from peftlab.recipes.launch import launch
+from peftlab.recipes.several import joined
 from peftlab.rl.control import FixedKL
 from peftlab.rl.ppo import PPOSettings, PPOTrainer
 from peftlab.rl.rollout import PromptBatch
 from peftlab.runs.atomic import read_rows
+from peftlab.runs.ranks import PeersLost
+from peftlab.runs.signals import StopSignals
 from peftlab.sampling.sampler import Decoding, Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +101,13 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def free_port() -> int:
+    """Picked just before it is used: another program may take it meanwhile."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def group(number: int, **more: str) -> dict[str, str]:
@@ -231,6 +243,39 @@ def test_a_launcher_that_is_told_to_end_leaves_a_run_that_resumes(shop, runs, tm
     ).read_bytes()
 
 
+def launched(folder: Path, *words: str) -> tuple[int, str]:
+    """`python WORDS` in two processes of torchrun: its exit code and all that was said."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run([*run, *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, timeout=SECONDS)
+    return done.returncode, done.stdout + done.stderr
+
+
+FAILS = """
+from peftlab import cli
+from peftlab.errors import LabError
+from peftlab.ops import ranks
+from peftlab.recipes.several import joined
+
+def app():
+    with joined("cpu"):
+        if ranks.rank() == 1:
+            raise LabError("the reason")
+        ranks.objects(None)
+
+cli.app = app
+cli.main()
+"""
+
+
+def test_the_process_that_knows_why_it_ended_is_the_one_that_says_it(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    code, said = launched(tmp_path, "fails.py")
+    assert code == 1
+    assert "process 1: peftlab: the reason\n" in said
+    assert "another of the 2 processes" not in said
+
+
 def test_another_number_of_processes_is_refused(shop, runs, monkeypatch):
     monkeypatch.chdir(shop["root"])
     outcome = peftlab(f"sft {' '.join(pairs(shop, 'sft'))} --run sft --resume")
@@ -300,3 +345,68 @@ def test_a_first_step_that_is_not_a_number_elsewhere_stops_this_process_too(tiny
     monkeypatch.setattr(ranks, "objects", lambda mine: [mine, theirs])
     with pytest.raises(LabError, match=f"{broken} is nan"):
         trainer.check_first(rollout)
+
+
+GONE = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+
+@pytest.fixture
+def member(monkeypatch) -> Callable[..., None]:
+    """Makes this process one of two that have met, with torch's own part faked: member(rank, objects)."""
+
+    def join(number: int, objects: Callable[[Any], list[Any]]) -> None:
+        for name, value in group(number).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(dist, "init_process_group", lambda backend: None)
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+        monkeypatch.setattr(ranks, "size", lambda: 2)
+        monkeypatch.setattr(ranks, "rank", lambda: number)
+        monkeypatch.setattr(ranks, "objects", objects)
+
+    return join
+
+
+def lost(mine: Any) -> list[Any]:
+    raise GONE
+
+
+def test_a_process_lost_outside_a_session_is_told_in_one_line_with_what_torch_said(member):
+    member(0, lost)
+    said = r"^another of the 2 .*\(RuntimeError: .*Connection closed"
+    with pytest.raises(PeersLost, match=said) as end, joined("cpu"):
+        ranks.objects(None)
+    assert "\n" not in str(end.value)
+
+
+def test_a_process_lost_when_all_leave_leaves_a_run_that_is_done(member, capsys):
+    member(0, lost)
+    with joined("cpu"):
+        pass
+    assert capsys.readouterr().err == "another of the 2 processes ended too early; the work of this one is done\n"
+    with pytest.raises(Interrupted), joined("cpu"):
+        raise Interrupted(signal.SIGTERM)
+
+
+def test_no_signal_that_comes_late_takes_a_process_from_the_first_one(member):
+    """A process that heeded them would end, and with it this test."""
+    heard = []
+
+    def leaving(mine: Any) -> list[Any]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        heard.append("left")
+        return [mine, mine]
+
+    member(1, leaving)
+    with joined("cpu"), StopSignals() as session:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert session.requested == signal.SIGTERM
+    assert heard == ["left"]
+
+
+def test_a_signal_before_the_session_stops_the_session():
+    with StopSignals() as outer:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopSignals() as session:
+            assert session.requested == outer.requested == signal.SIGTERM

@@ -20,8 +20,10 @@ from ..errors import Interrupted, UserError
 from ..models.backbone import pick_device
 from ..ops import ranks
 from ..rl.ranks import together
-from ..runs.ranks import local_rank, rank, world_size
+from ..runs.progress import say
+from ..runs.ranks import PeersLost, local_rank, peers, rank, world_size
 from ..runs.rundir import RunDir
+from ..runs.signals import StopSignals
 
 T = TypeVar("T")
 
@@ -49,21 +51,33 @@ def joined(device: str) -> Iterator[None]:
             )
         torch.cuda.set_device(local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    # The first writes the run's end: no signal that comes late may take another from it, and itself with that.
+    with StopSignals() if rank() else contextlib.nullcontext():
+        try:
+            with peers():
+                yield
+        except Interrupted:
+            _leave(chosen)
+            raise
+        except BaseException:
+            if chosen.type == "cpu":  # on a GPU this would wait for what the others may never send
+                dist.destroy_process_group()
+            raise
+        _leave(chosen)
+
+
+def _leave(device: torch.device) -> None:
+    """Nobody goes before all have come: a launcher that sees one process end by a signal stops the others.
+
+    Where one does not come, this one's work is done all the same.
+    """
     try:
-        yield
-    except Interrupted:
-        leave()
-        raise
-    except BaseException:
-        if chosen.type == "cpu":  # on a GPU this would wait for what the others may never send
-            dist.destroy_process_group()
-        raise
-    leave()
-
-
-def leave() -> None:
-    """Nobody goes before all have come: a launcher that sees one process end by a signal stops the others."""
-    ranks.objects(None)
+        with peers():
+            ranks.objects(None)
+    except PeersLost:
+        say(f"another of the {world_size()} processes ended too early; the work of this one is done")
+        if device.type != "cpu":
+            return
     dist.destroy_process_group()
 
 

@@ -9,7 +9,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from ..errors import LabError
+from ..errors import LabError, brief
+
+
+class PeersLost(LabError):
+    """Another process is gone, and this one knows no more: the reason is that one's to tell."""
 
 
 def world_size() -> int:
@@ -31,11 +35,13 @@ def local_rank() -> int:
 
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
-    """Turns what torch says where another process is gone into a LabError of one line."""
+    """Turns what torch says where another process is gone into a PeersLost of one line."""
     try:
         yield
     except RuntimeError as error:
         lost = type(error).__name__.startswith("Dist") or "gloo" in str(error)
         if world_size() == 1 or not lost:
             raise
-        raise LabError(f"another of the {world_size()} processes ended, and this one cannot go on alone") from error
+        raise PeersLost(
+            f"another of the {world_size()} processes ended, and this one cannot go on alone ({brief(error)})"
+        ) from error
