@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from peftlab.recipes.launch import launch
 from peftlab.recipes.several import joined
 from peftlab.rl.control import FixedKL
 from peftlab.rl.ppo import PPOSettings, PPOTrainer
+from peftlab.rl.ranks import gathered
 from peftlab.rl.rollout import PromptBatch
 from peftlab.runs.atomic import read_rows
 from peftlab.runs.ranks import PeersLost
@@ -410,3 +412,32 @@ def test_a_signal_before_the_session_stops_the_session():
         os.kill(os.getpid(), signal.SIGTERM)
         with StopSignals() as session:
             assert session.requested == outer.requested == signal.SIGTERM
+
+
+def test_a_reward_that_gives_other_parts_in_another_process_ends_all_with_both_names(tiny_causal, monkeypatch):
+    trainer = ppo(tiny_causal)
+    mine = replace(trainer.collect(prompts(2)), score_parts={"a": torch.zeros(2), "b": torch.zeros(2)})
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "objects", lambda told: [told, (told[0], {"a": torch.zeros(2)}, told[2])])
+    with pytest.raises(LabError) as end:
+        gathered(mine, prompts(4))
+    assert str(end.value) == "reward: process 0 gave parts a, b, process 1 a; give the same parts for every list"
+
+    measured = {"logprobs": torch.zeros(2, 4)}
+    monkeypatch.setattr(ranks, "objects", lambda told: [told, (measured, told[1], told[2])])
+    with pytest.raises(LabError, match="process 0 measured .*exact_kl.*, process 1 logprobs$"):
+        gathered(mine, prompts(4))
+    monkeypatch.setattr(ranks, "objects", lambda told: [told, told])
+    both = gathered(mine, prompts(4))
+    assert both.score_parts.keys() == {"a", "b"} and len(both.scores) == len(both.completions) == 4
+
+
+def test_what_two_processes_cannot_share_evenly_is_refused_of_a_trainer_too(tiny_causal, monkeypatch):
+    trainer = ppo(tiny_causal)
+    rollout = trainer.collect(prompts(6))
+    trainer.settings = replace(trainer.settings, minibatch_size=3)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(LabError, match="^prompts: 5 cannot be shared evenly by 2 processes$"):
+        trainer.collect(prompts(5))
+    with pytest.raises(LabError, match="^minibatch_size: 3 cannot be shared evenly by 2 processes"):
+        trainer.update(rollout, lambda rows: {"policy/approx_kl": 0.0})
