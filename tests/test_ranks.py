@@ -441,3 +441,37 @@ def test_what_two_processes_cannot_share_evenly_is_refused_of_a_trainer_too(tiny
         trainer.collect(prompts(5))
     with pytest.raises(LabError, match="^minibatch_size: 3 cannot be shared evenly by 2 processes"):
         trainer.update(rollout, lambda rows: {"policy/approx_kl": 0.0})
+
+
+@pytest.mark.parametrize("line", ["sft", "models"])
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' is no number; a launcher sets it, so unset it without one"),
+        ({"RANK": "-1"}, "RANK: '-1' is no number"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK: 'one' is no number"),
+        ({"RANK": "5"}, "RANK: 5 is none of the 2 processes that WORLD_SIZE tells of; the first is 0"),
+        ({"WORLD_SIZE": "0"}, "RANK: 0 is none of the 0 processes"),
+    ],
+)
+def test_what_no_launcher_tells_is_refused_in_one_line(line, told, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in group(0, **told).items():
+        monkeypatch.setenv(name, value)
+    outcome = peftlab(line)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"peftlab: {message}") and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("MASTER_ADDR", None), ("MASTER_PORT", "no port")])
+def test_processes_that_cannot_meet_are_told_where(name, value, shop, monkeypatch):
+    monkeypatch.chdir(shop["root"])
+    for key, told in group(0, MASTER_PORT="1").items():
+        monkeypatch.setenv(key, told)
+    monkeypatch.delenv(name)
+    if value:
+        monkeypatch.setenv(name, value)
+    outcome = peftlab(f"sft {' '.join(pairs(shop, 'sft'))}")
+    assert (outcome.code, outcome.out) == (2, "")
+    place = f"({name} is not set):1" if value is None else f"127.0.0.1:{value}"
+    assert outcome.err.startswith(f"peftlab: the processes cannot meet at {place}: ValueError: ")

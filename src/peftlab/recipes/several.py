@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted, UserError, brief
 from ..models.backbone import pick_device
 from ..ops import ranks
 from ..rl.ranks import together
@@ -50,7 +50,11 @@ def joined(device: str) -> Iterator[None]:
                 "one process a GPU"
             )
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError, OSError) as error:
+        place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(f"the processes cannot meet at {place}: {brief(error)}") from error
     # The first writes the run's end: no signal that comes late may take another from it, and itself with that.
     with StopSignals() if rank() else contextlib.nullcontext():
         try:
