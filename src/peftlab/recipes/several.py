@@ -22,7 +22,7 @@ from ..ops import ranks
 from ..rl.ranks import together
 from ..runs.progress import say
 from ..runs.ranks import PeersLost, local_rank, peers, rank, world_size
-from ..runs.rundir import RunDir
+from ..runs.rundir import RunDir, differences
 from ..runs.signals import StopSignals
 
 T = TypeVar("T")
@@ -92,6 +92,29 @@ def of_first(make: Callable[[], T]) -> T:
         if ranks.rank() == 0:
             found = make()
     return ranks.objects(found)[0]  # type: ignore[return-value]
+
+
+def require_same_job(recipe: str, config_toml: str, name: str | None, resume: bool) -> None:
+    """UserError in every process where one was launched with another job than the first."""
+    told = ranks.objects((config_toml, {"recipe": recipe, "--run": name, "--resume": resume}))
+    for number, (theirs, words) in enumerate(told):
+        places = "in process 0", f"in process {number}"
+        differing = [f"{key} ({told[0][1][key]!r} {places[0]}, {word!r} {places[1]})" for key, word in words.items()
+                     if word != told[0][1][key]]
+        differing += differences(told[0][0], theirs, places)
+        if differing:
+            raise UserError(f"the processes were launched with different jobs: {', '.join(differing)}")
+
+
+def require_same(what: str, sha256: str) -> None:
+    """UserError in every process where `what` has another hash in one than in the first."""
+    told = ranks.objects(sha256)
+    for number, theirs in enumerate(told):
+        if theirs != told[0]:
+            raise UserError(
+                f"{what} is not the same for all processes (sha256 {told[0][:12]} in process 0, {theirs[:12]} in "
+                f"process {number}); give every host the same files"
+            )
 
 
 @contextlib.contextmanager

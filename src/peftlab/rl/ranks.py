@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LabError, PeftlabError, UserError, brief
+from ..models.roles import Roles, hash_of
 from ..ops import ranks
 from .rollout import PromptBatch, Rollout
 
@@ -60,6 +61,18 @@ def gathered(mine: Rollout, prompts: PromptBatch) -> Rollout:
     changed["score_parts"] = {name: torch.cat([one[1][name] for one in told]) for name in parts}
     changed["completions"] = [text for one in told for text in one[2]]
     return replace(mine, prompts=prompts, **changed)
+
+
+def require_same_weights(roles: Roles) -> None:
+    """LabError in all where a process learns or keeps other weights than the first."""
+    if ranks.size() == 1:
+        return
+    told = ranks.objects({"the frozen base": roles.frozen_hash(), "the adapter": hash_of(roles.state())})
+    for number, theirs in enumerate(told):
+        for what, digest in theirs.items():
+            if digest != told[0][what]:
+                raise LabError(f"{what} of process {number} is not that of process 0 before any update; with the same "
+                               "seed and the same files it would be")
 
 
 def _require_same(message: str, named: Sequence[Mapping[str, Any]]) -> None:

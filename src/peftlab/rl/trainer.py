@@ -18,7 +18,7 @@ from ..ops.masks import masked_mean
 from ..sampling.sampler import Decoding, Sampler
 from .control import AdaptiveKL, FixedKL
 from .finite import require_finite, require_finite_weights
-from .ranks import gathered, together
+from .ranks import gathered, require_same_weights, together
 from .rollout import (
     FirstStep,
     PromptBatch,
@@ -109,8 +109,12 @@ class PolicyTrainer(Generic[Settings]):
         return rollout
 
     def check_first(self, rollout: Rollout) -> None:
-        """Measures the invariants of a run's first rollout; LabError, before any update, where one is broken."""
+        """Measures the invariants of a run's first rollout; LabError, before any update, where one is broken.
+
+        Of several processes all must hold the same weights, which only the sums of their gradients move.
+        """
         if self.first is None:
+            require_same_weights(self.roles)
             self.first = first_step(self.roles, rollout, self.decoding.temperature, self.settings.ratio_limit)
             self.first.check()
 
