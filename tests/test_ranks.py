@@ -314,6 +314,8 @@ def test_another_number_of_processes_is_refused(shop, runs, monkeypatch):
         ("sft batch_size=8 accumulate=8", "batch_size: 8 in 8 parts cannot be shared evenly by 2 processes; give a "
          "multiple of 16"),
         ("ppo prompts_per_step=7", "prompts_per_step: 7 cannot be shared evenly by 2 processes; give a multiple of 2"),
+        ("ppo prompts_per_step=7 --dry-run", "prompts_per_step: 7 cannot be shared evenly by 2 processes; give a "
+         "multiple of 2"),
         ("ppo device=mps", "device: "),
         ("demo", "demo: runs in one process; "),
     ],
@@ -536,3 +538,15 @@ def test_weights_that_differ_between_processes_stop_the_first_step(tiny_causal, 
         next(iter(getattr(trainer.roles, named)().values())).view(-1)[0] += 1
     with pytest.raises(LabError, match=f"^{part}.* of process 1 is not that of process 0 before any update"):
         require_same_weights(trainer.roles)
+
+
+def test_the_first_process_shows_a_dry_run(shop, monkeypatch):
+    monkeypatch.chdir(shop["root"])
+    line = f"sft {' '.join(pairs(shop, 'sft'))} --dry-run"
+    shown = []
+    for number in range(2):
+        for name, value in group(number).items():
+            monkeypatch.setenv(name, value)
+        shown.append(peftlab(line))
+    assert [outcome.code for outcome in shown] == [0, 0]
+    assert "batch_size = 4" in shown[0].out and shown[1].out == ""

@@ -68,8 +68,9 @@ def stopped(signum: int, words: list[str]) -> Interrupted:
 
 
 def dry_run(verb: str, source: str | None, overrides: list[str]) -> dict[str, Any]:
-    """The resolved config and the job's sizes."""
+    """The resolved config and the job's sizes; UserError where the processes cannot share them, as of a launch."""
     config, _ = _resolve(verb, source, overrides)
+    require_shares(config)
     return {"config": config.model_dump(), **load(verb).plan(config)}
 
 

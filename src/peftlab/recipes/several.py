@@ -1,7 +1,8 @@
 """A job in several processes, as accelerate or torchrun starts it: they join, the first decides, all leave together.
 
 Every process does the whole of a recipe, but shares the sampling and the gradients; only the first writes the run's
-folder. The others have a folder of their own, which is thrown away: so no recipe asks which process it is in.
+folder. The others have a folder of their own, which is thrown away: so a recipe writes without asking which process it
+is in, but for what is large (checkpoints, the report).
 """
 
 from __future__ import annotations
