@@ -42,6 +42,7 @@ MODELS = {"cpu": ["tiny-gpt2"], "cuda": ["tiny-gpt2", "gpt2-arch"]}
 def work(job: Job, rounds: int) -> None:
     """One of the processes; the first prints what it measured as a line of JSON."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # all begin with the same adapter
     with joined(job.device):
         trainer = trainer_of(job)
         text, ids = prompt_of(job, trainer.roles.tokenizer)
