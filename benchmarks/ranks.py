@@ -42,6 +42,7 @@ MODELS = {"cpu": ["tiny-gpt2"], "cuda": ["tiny-gpt2", "gpt2-arch"]}
 def work(job: Job, rounds: int) -> None:
     """One of the processes; the first prints what it measured as a line of JSON."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # all begin with the same adapter
     with joined(job.device):
         trainer = trainer_of(job)
         text, ids = prompt_of(job, trainer.roles.tokenizer)
@@ -73,12 +74,15 @@ def launch(job: Job, ranks: int, rounds: int) -> dict[str, Any]:
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, __file__, "--work", json.dumps(asdict(job)), "--rounds", str(rounds)]
-    processes = [
-        subprocess.Popen(words, stdout=subprocess.PIPE, text=True,
-                         env=os.environ | group | {"RANK": str(number), "LOCAL_RANK": str(number)})
-        for number in range(ranks)
-    ]
-    said = [process.communicate()[0] for process in processes]
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for number in range(ranks):
+            env = os.environ | group | {"RANK": str(number), "LOCAL_RANK": str(number)}
+            processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env))
+        said = [process.communicate()[0] for process in processes]
+    finally:  # Ctrl+C leaves none behind
+        for process in processes:
+            process.kill()
     if any(process.returncode for process in processes):
         raise SystemExit(f"ranks: of {ranks} processes one ended with an error; see above")
     return dict(json.loads(said[0].splitlines()[-1]))

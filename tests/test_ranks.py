@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from commands import peftlab
 from safetensors.torch import load_file
 
+from peftlab.data.sources import RecordSet
+from peftlab.errors import Interrupted, LabError, UserError
+from peftlab.models.adapters import Lora
+from peftlab.models.backbone import Backbone, fingerprint
+from peftlab.models.roles import Roles
 from peftlab.ops import ranks
 from peftlab.recipes import RECIPES
+from peftlab.recipes.common import note_data, note_model
 from peftlab.recipes.launch import launch
+from peftlab.recipes.several import joined, require_same_job
+from peftlab.rl.control import FixedKL
+from peftlab.rl.ppo import PPOSettings, PPOTrainer
+from peftlab.rl.ranks import gathered, require_same_weights
+from peftlab.rl.rollout import PromptBatch
 from peftlab.runs.atomic import read_rows
+from peftlab.runs.ranks import PeersLost
+from peftlab.runs.rundir import RunDir
+from peftlab.runs.signals import StopSignals
+from peftlab.sampling.sampler import Decoding, Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,9 +74,15 @@ def count(prompts, completions, records):
     calls += 1
     if calls > 3 and os.environ.get("GATE"):
         open("waiting" + os.environ["RANK"], "w").close()
-        while not os.path.exists("go"):
+        end = time.monotonic() + 100
+        while not os.path.exists("go") and time.monotonic() < end:
             time.sleep(0.01)
     return [float(c.count("e")) for c in completions]
+
+def early(prompts, completions, records):
+    if len(completions) == 1 and os.environ["RANK"] == "1":
+        raise ValueError("no label")
+    return [0.0] * len(completions)
 
 def broken(prompts, completions, records):
     if len(completions) == 4 and os.environ["RANK"] == "1":
@@ -81,12 +106,11 @@ def pairs(shop: dict[str, str], verb: str, more: list[str] | None = None) -> lis
     return tiny.overrides(shop, verb, *(pair.format(**shop) for pair in more or MORE[verb]))
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def free_port() -> int:
+    """Picked just before it is used: another program may take it meanwhile."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def group(number: int, **more: str) -> dict[str, str]:
@@ -97,13 +121,24 @@ def group(number: int, **more: str) -> dict[str, str]:
 
 def two(folder: Path, *words: str, **more: str) -> list[tuple[int, str, str]]:
     """`python WORDS` in two processes; of each the exit code and what it said."""
-    processes = [
-        subprocess.Popen([sys.executable, *words], cwd=folder, env=group(number, **more), text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for number in range(2)
-    ]
-    said = [process.communicate(timeout=SECONDS) for process in processes]
+    more = {"MASTER_PORT": str(free_port())} | more
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(started(folder, *words, env=group(number, **more), stderr=subprocess.PIPE))
+            for number in range(2)
+        ]
+        said = [process.communicate(timeout=SECONDS) for process in processes]
     return [(process.returncode, *words) for process, words in zip(processes, said, strict=True)]
+
+
+@contextlib.contextmanager
+def started(folder: Path, *words: str, **given: Any) -> Iterator[subprocess.Popen[str]]:
+    """`python WORDS`, which does not outlive the block."""
+    with subprocess.Popen([sys.executable, *words], cwd=folder, text=True, stdout=subprocess.PIPE, **given) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +148,10 @@ def runs(shop) -> tuple[Path, Path, list[str]]:
     jobs: list[dict[str, Any]] = [{"verb": verb, "pairs": pairs(shop, verb), "run": verb} for verb in MORE]
     jobs += [{"verb": "sft", "pairs": pairs(shop, "sft", DROPPED), "run": "dropped"}]
     jobs += [jobs[-1] | {"run": "stopped", "stop": 5}, jobs[-1] | {"run": "stopped", "resume": True}]
-    jobs += [{"verb": "ppo", "pairs": pairs(shop, "ppo", [*POLICY, "reward=rank_gate:broken"]), "run": "broken"}]
-    ports = free_ports(len(jobs))
-    (root / "jobs.json").write_text(json.dumps([job | {"port": p} for job, p in zip(jobs, ports, strict=True)]))
+    jobs += [{"verb": "sft", "pairs": pairs(shop, "sft"), "run": "apart", "last": ["lr=5e-2", "seed=1"]}]
+    for name in ("early", "broken"):
+        jobs += [{"verb": "ppo", "pairs": pairs(shop, "ppo", [*POLICY, f"reward=rank_gate:{name}"]), "run": name}]
+    (root / "jobs.json").write_text(json.dumps(jobs))
     ended = two(root, str(Path(__file__).with_name("rank_jobs.py")), str(root / "jobs.json"))
     assert [code for code, *_ in ended] == [0, 0], ended
     with pytest.MonkeyPatch.context() as patch:
@@ -189,30 +225,37 @@ def test_what_fails_in_one_process_ends_both(runs):
     ]
 
 
+def test_what_fails_in_one_process_before_the_training_ends_both_with_its_reason(runs):
+    assert json.loads((runs[0] / "early" / "summary.json").read_text())["reason"] == "process 1: ValueError: no label"
+    assert "early: ValueError: no label" in runs[2][1].splitlines()
+
+
 def test_a_launcher_that_is_told_to_end_leaves_a_run_that_resumes(shop, runs, tmp_path):
     (tmp_path / "rank_gate.py").write_text(GATE)
     line = ["-m", "peftlab.cli", "ppo", *pairs(shop, "ppo"), "--run", "ppo"]
-    (port, other) = map(str, free_ports(2))
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-         "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, *line],
-        cwd=tmp_path, env=os.environ | {"GATE": "1", "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
-    end = time.monotonic() + SECONDS
-    while not all((tmp_path / f"waiting{number}").exists() for number in range(2)):
-        assert launcher.poll() is None, launcher.communicate()[1]
-        assert time.monotonic() < end, "the run never reached its third step"
-        time.sleep(0.02)
-    launcher.send_signal(signal.SIGTERM)
-    time.sleep(0.5)  # the launcher hands the signal on
-    (tmp_path / "go").touch()
-    _, errors = launcher.communicate(timeout=SECONDS)
+    begin = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    said = tmp_path / "said"
+    env = os.environ | {"GATE": "1", "OMP_NUM_THREADS": "1"}
+    with said.open("w") as file, started(tmp_path, *begin, *line, env=env, stderr=file) as launcher:
+
+        def wait_for(fact: Callable[[], bool], words: str) -> None:
+            end = time.monotonic() + SECONDS
+            while not fact():
+                assert launcher.poll() is None and time.monotonic() < end, f"never {words}: {said.read_text()}"
+                time.sleep(0.02)
+
+        wait_for(lambda: all((tmp_path / f"waiting{n}").exists() for n in range(2)), "reached the third step")
+        launcher.send_signal(signal.SIGTERM)
+        wait_for(lambda: "stopping after this step" in said.read_text(), "handed the signal on")
+        (tmp_path / "go").touch()
+        launcher.communicate(timeout=SECONDS)
+    errors = said.read_text()
     assert errors.count("peftlab: stopped by SIGTERM; this, launched in 2 processes again, continues the run:") == 1
     run = tmp_path / "runs" / "ppo"
     assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
     assert max(row["step"] for row in logged(run)) < 4
-    ended = two(tmp_path, *line, "--resume", "--quiet", MASTER_PORT=other)
+    ended = two(tmp_path, *line, "--resume", "--quiet")
     assert [code for code, *_ in ended] == [0, 0], ended
     assert ended[1][1:] == ("", "")
     whole = runs[0] / "ppo"
@@ -220,6 +263,39 @@ def test_a_launcher_that_is_told_to_end_leaves_a_run_that_resumes(shop, runs, tm
     assert (run / "adapter/adapter_model.safetensors").read_bytes() == (
         whole / "adapter/adapter_model.safetensors"
     ).read_bytes()
+
+
+def launched(folder: Path, *words: str) -> tuple[int, str]:
+    """`python WORDS` in two processes of torchrun: its exit code and all that was said."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run([*run, *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, timeout=SECONDS)
+    return done.returncode, done.stdout + done.stderr
+
+
+FAILS = """
+from peftlab import cli
+from peftlab.errors import LabError
+from peftlab.ops import ranks
+from peftlab.recipes.several import joined
+
+def app():
+    with joined("cpu"):
+        if ranks.rank() == 1:
+            raise LabError("the reason")
+        ranks.objects(None)
+
+cli.app = app
+cli.main()
+"""
+
+
+def test_the_process_that_knows_why_it_ended_is_the_one_that_says_it(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    code, said = launched(tmp_path, "fails.py")
+    assert code == 1
+    assert "process 1: peftlab: the reason\n" in said
+    assert "another of the 2 processes" not in said
 
 
 def test_another_number_of_processes_is_refused(shop, runs, monkeypatch):
@@ -238,6 +314,8 @@ def test_another_number_of_processes_is_refused(shop, runs, monkeypatch):
         ("sft batch_size=8 accumulate=8", "batch_size: 8 in 8 parts cannot be shared evenly by 2 processes; give a "
          "multiple of 16"),
         ("ppo prompts_per_step=7", "prompts_per_step: 7 cannot be shared evenly by 2 processes; give a multiple of 2"),
+        ("ppo prompts_per_step=7 --dry-run", "prompts_per_step: 7 cannot be shared evenly by 2 processes; give a "
+         "multiple of 2"),
         ("ppo device=mps", "device: "),
         ("demo", "demo: runs in one process; "),
     ],
@@ -267,3 +345,208 @@ def test_alone_nothing_is_shared():
     assert figures[0].tolist() == [1.0, 2.0]
     assert (ranks.size(), ranks.rank(), ranks.share(5), ranks.objects("x")) == (1, 0, range(5), ["x"])
     assert (ranks.agreed(None), ranks.agreed(15)) == (None, 15)
+
+
+def ppo(tiny_causal) -> PPOTrainer:
+    """PPO on a random model, whose reward is the length of a completion."""
+    model, tokenizer = tiny_causal("gpt2")
+    roles = Roles(Backbone("tiny", model, tokenizer, fingerprint(model)), Lora(r=2, alpha=2))
+
+    def length(prompts, completions, records):
+        return torch.tensor([float(len(text)) for text in completions]), {}
+
+    return PPOTrainer(roles, Sampler(roles.twin, tokenizer), length, FixedKL(0.01), PPOSettings(), Decoding(4))
+
+
+def prompts(count: int) -> PromptBatch:
+    return PromptBatch([[3, 4]] * count, ["x"] * count, [None] * count)
+
+
+@pytest.mark.parametrize(("theirs", "broken"), [([math.nan, 0.0], "first_kl"), ([0.0, math.nan], "first_ratio_error")])
+def test_a_first_step_that_is_not_a_number_elsewhere_stops_this_process_too(tiny_causal, monkeypatch, theirs, broken):
+    trainer = ppo(tiny_causal)
+    rollout = trainer.collect(prompts(4))
+    monkeypatch.setattr(ranks, "objects", lambda mine: [mine, theirs])
+    with pytest.raises(LabError, match=f"{broken} is nan"):
+        trainer.check_first(rollout)
+
+
+GONE = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+
+@pytest.fixture
+def member(monkeypatch) -> Callable[..., None]:
+    """Makes this process one of two that have met, with torch's own part faked: member(rank, objects)."""
+
+    def join(number: int, objects: Callable[[Any], list[Any]]) -> None:
+        for name, value in group(number).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(dist, "init_process_group", lambda backend: None)
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+        monkeypatch.setattr(ranks, "size", lambda: 2)
+        monkeypatch.setattr(ranks, "rank", lambda: number)
+        monkeypatch.setattr(ranks, "objects", objects)
+
+    return join
+
+
+def lost(mine: Any) -> list[Any]:
+    raise GONE
+
+
+def test_a_process_lost_outside_a_session_is_told_in_one_line_with_what_torch_said(member):
+    member(0, lost)
+    said = r"^another of the 2 .*\(RuntimeError: .*Connection closed"
+    with pytest.raises(PeersLost, match=said) as end, joined("cpu"):
+        ranks.objects(None)
+    assert "\n" not in str(end.value)
+
+
+def test_a_process_lost_when_all_leave_leaves_a_run_that_is_done(member, capsys):
+    member(0, lost)
+    with joined("cpu"):
+        pass
+    assert capsys.readouterr().err == "another of the 2 processes ended too early; the work of this one is done\n"
+    with pytest.raises(Interrupted), joined("cpu"):
+        raise Interrupted(signal.SIGTERM)
+
+
+def test_no_signal_that_comes_late_takes_a_process_from_the_first_one(member):
+    """A process that heeded them would end, and with it this test."""
+    heard = []
+
+    def leaving(mine: Any) -> list[Any]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        heard.append("left")
+        return [mine, mine]
+
+    member(1, leaving)
+    with joined("cpu"), StopSignals() as session:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert session.requested == signal.SIGTERM
+    assert heard == ["left"]
+
+
+def test_a_signal_before_the_session_stops_the_session():
+    with StopSignals() as outer:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopSignals() as session:
+            assert session.requested == outer.requested == signal.SIGTERM
+
+
+def test_a_reward_that_gives_other_parts_in_another_process_ends_all_with_both_names(tiny_causal, monkeypatch):
+    trainer = ppo(tiny_causal)
+    mine = replace(trainer.collect(prompts(2)), score_parts={"a": torch.zeros(2), "b": torch.zeros(2)})
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "objects", lambda told: [told, (told[0], {"a": torch.zeros(2)}, told[2])])
+    with pytest.raises(LabError) as end:
+        gathered(mine, prompts(4))
+    assert str(end.value) == "reward: process 0 gave parts a, b, process 1 a; give the same parts for every list"
+
+    measured = {"logprobs": torch.zeros(2, 4)}
+    monkeypatch.setattr(ranks, "objects", lambda told: [told, (measured, told[1], told[2])])
+    with pytest.raises(LabError, match="process 0 measured .*exact_kl.*, process 1 logprobs$"):
+        gathered(mine, prompts(4))
+    monkeypatch.setattr(ranks, "objects", lambda told: [told, told])
+    both = gathered(mine, prompts(4))
+    assert both.score_parts.keys() == {"a", "b"} and len(both.scores) == len(both.completions) == 4
+
+
+def test_what_two_processes_cannot_share_evenly_is_refused_of_a_trainer_too(tiny_causal, monkeypatch):
+    trainer = ppo(tiny_causal)
+    rollout = trainer.collect(prompts(6))
+    trainer.settings = replace(trainer.settings, minibatch_size=3)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(LabError, match="^prompts: 5 cannot be shared evenly by 2 processes$"):
+        trainer.collect(prompts(5))
+    with pytest.raises(LabError, match="^minibatch_size: 3 cannot be shared evenly by 2 processes"):
+        trainer.update(rollout, lambda rows: {"policy/approx_kl": 0.0})
+
+
+@pytest.mark.parametrize("line", ["sft", "models"])
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' is no number; a launcher sets it, so unset it without one"),
+        ({"RANK": "-1"}, "RANK: '-1' is no number"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK: 'one' is no number"),
+        ({"RANK": "5"}, "RANK: 5 is none of the 2 processes that WORLD_SIZE tells of; the first is 0"),
+        ({"WORLD_SIZE": "0"}, "RANK: 0 is none of the 0 processes"),
+    ],
+)
+def test_what_no_launcher_tells_is_refused_in_one_line(line, told, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in group(0, **told).items():
+        monkeypatch.setenv(name, value)
+    outcome = peftlab(line)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"peftlab: {message}") and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("MASTER_ADDR", None), ("MASTER_PORT", "no port")])
+def test_processes_that_cannot_meet_are_told_where(name, value, shop, monkeypatch):
+    monkeypatch.chdir(shop["root"])
+    for key, told in group(0, MASTER_PORT="1").items():
+        monkeypatch.setenv(key, told)
+    monkeypatch.delenv(name)
+    if value:
+        monkeypatch.setenv(name, value)
+    outcome = peftlab(f"sft {' '.join(pairs(shop, 'sft'))}")
+    assert (outcome.code, outcome.out) == (2, "")
+    place = f"({name} is not set):1" if value is None else f"127.0.0.1:{value}"
+    assert outcome.err.startswith(f"peftlab: the processes cannot meet at {place}: ValueError: ")
+
+
+def test_processes_launched_with_different_jobs_are_refused_with_the_keys_that_differ(runs):
+    for said in runs[2]:
+        assert (
+            "apart: UserError: the processes were launched with different jobs: lr (0.001 in process 0, 0.05 in "
+            "process 1), seed (0 in process 0, 1 in process 1)"
+        ) in said.splitlines()
+    assert not (runs[0] / "apart").exists()
+
+
+def test_a_run_that_one_process_names_otherwise_is_refused(monkeypatch):
+    monkeypatch.setattr(ranks, "objects", lambda mine: [mine, (mine[0], mine[1] | {"--run": "b", "--resume": True})])
+    with pytest.raises(UserError, match=r"jobs: --run \('a' in process 0, 'b' in process 1\), --resume \(False in pro"):
+        require_same_job("sft", "lr = 1.0", "a", False)
+
+
+def test_data_and_models_that_differ_between_processes_are_refused(monkeypatch, tmp_path):
+    run = RunDir.create(tmp_path, "run", "sft", "")
+    monkeypatch.setattr(ranks, "objects", lambda mine: [mine, "f" * 64])
+    data = RecordSet([], "mine.jsonl", "a" * 64)
+    with pytest.raises(UserError, match=r"^data 'mine.jsonl' is not .* \(sha256 a{12} in process 0, f{12} in pro"):
+        note_data(run, data, 0)
+    with pytest.raises(UserError, match="^model tiny-gpt2 is not the same for all processes"):
+        note_model(run, "model", "tiny-gpt2", "b" * 64)
+    monkeypatch.setattr(ranks, "objects", lambda mine: [mine, mine])
+    note_data(run, data, 0)
+    assert json.loads((run.path / "environment.json").read_text())["data"]["mine.jsonl"]["sha256"] == "a" * 64
+
+
+@pytest.mark.parametrize(("named", "part"), [("policy_parameters", "the adapter"), ("frozen_parameters", "the frozen")])
+def test_weights_that_differ_between_processes_stop_the_first_step(tiny_causal, monkeypatch, named, part):
+    trainer = ppo(tiny_causal)
+    other = []
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "objects", lambda mine: other.append(mine) or [mine, other[0]])
+    require_same_weights(trainer.roles)
+    with torch.no_grad():
+        next(iter(getattr(trainer.roles, named)().values())).view(-1)[0] += 1
+    with pytest.raises(LabError, match=f"^{part}.* of process 1 is not that of process 0 before any update"):
+        require_same_weights(trainer.roles)
+
+
+def test_the_first_process_shows_a_dry_run(shop, monkeypatch):
+    monkeypatch.chdir(shop["root"])
+    line = f"sft {' '.join(pairs(shop, 'sft'))} --dry-run"
+    shown = []
+    for number in range(2):
+        for name, value in group(number).items():
+            monkeypatch.setenv(name, value)
+        shown.append(peftlab(line))
+    assert [outcome.code for outcome in shown] == [0, 0]
+    assert "batch_size = 4" in shown[0].out and shown[1].out == ""

@@ -57,8 +57,8 @@ def main() -> None:
 
 def _fail(message: object, code: int) -> None:
     from ..runs.progress import complain
-    from ..runs.ranks import rank
+    from ..runs.ranks import PeersLost, rank
 
     if not (rank() and isinstance(message, Interrupted)):  # all stop together, and the first one says how to go on
-        complain(f"peftlab: {message}")
+        complain(f"peftlab: {message}", lost=isinstance(message, PeersLost))
     sys.exit(code)

@@ -47,7 +47,9 @@ def _training_verb(verb: str, summary: str, *commands: str) -> None:
         if config is not None and "=" in config and not Path(config).exists():
             pairs, config = [config, *pairs], None
         if dry_run:
-            print_plan(show(verb, config, pairs), as_json)
+            plan = show(verb, config, pairs)
+            if rank() == 0:
+                print_plan(plan, as_json)
         else:
             result = launch(verb, config, pairs, RUNS, run, resume)
             if rank() == 0:

@@ -166,11 +166,7 @@ class Roles:
 
     def frozen_hash(self) -> str:
         """sha256 over every byte of the frozen parameters."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.frozen_parameters().items()):
-            data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(name.encode() + data.numpy().tobytes())
-        return digest.hexdigest()
+        return hash_of(self.frozen_parameters())
 
     def bytes_per_role(self) -> dict[str, int]:
         """Bytes of the shared base, of each role's own tensors, and of the sampler's copy beyond what it shares."""
@@ -184,6 +180,15 @@ class Roles:
             **({"value": parameter_bytes(self.critic_parameters().values())} if self.head is not None else {}),
             "sampler": parameter_bytes(p for p in self.twin.parameters() if p.data_ptr() not in shared),
         }
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the names and every byte of these, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode() + data.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _twin(model: Any) -> Any:

@@ -17,7 +17,7 @@ from ..data.sources import RecordSet, load_records, same_data
 from ..models.adapters import adapter_hash
 from ..runs.progress import say
 from ..runs.rundir import RunDir
-from .several import of_first
+from .several import of_first, require_same
 
 
 def seed_everything(seed: int) -> None:
@@ -68,6 +68,7 @@ def note_data(run: RunDir, data: RecordSet, limit: int) -> None:
     """Notes which rows a run reads, by their hash."""
     # With the limit: ppo may evaluate on a draw of its training prompts, and one name has one hash.
     name = f"{data.name}, at most {limit} rows" if limit else data.name
+    require_same(f"data {name!r}", data.sha256)
     run.record_data(name, data.sha256, len(data.records))
 
 
@@ -95,14 +96,19 @@ def note_model(run: RunDir, key: str, name: str, fingerprint: str = "") -> None:
     A resumed run refuses another one under the same name. An empty name is nothing.
     """
     if name:
-        run.record_model(f"{key} {name}", adapter_hash(name) or fingerprint)
+        _note(run, f"{key} {name}", adapter_hash(name) or fingerprint)
 
 
 def note_function(run: RunDir, key: str, path: str) -> None:
     """The same of `module:function`, which is imported by now: by the bytes of the module's file."""
     file = getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)
     if file:
-        run.record_model(f"{key} {path}", hashlib.sha256(Path(file).read_bytes()).hexdigest())
+        _note(run, f"{key} {path}", hashlib.sha256(Path(file).read_bytes()).hexdigest())
+
+
+def _note(run: RunDir, what: str, sha256: str) -> None:
+    require_same(what, sha256)
+    run.record_model(what, sha256)
 
 
 def _rows_asked(config: DataConfig, which: Literal["train", "eval"]) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from ..runs.progress import say, watched
 from ..runs.ranks import rank, world_size
 from ..runs.rundir import RunDir, ended_runs
 from . import load
-from .several import joined, of_first, opened, require_shares
+from .several import joined, of_first, opened, require_same_job, require_shares
 
 
 def launch(
@@ -28,6 +28,7 @@ def launch(
     config, default = _resolve(verb, source, overrides)
     require_shares(config)
     with joined(config.device):
+        require_same_job(verb, to_toml(config), name, resume)
         name = name or of_first(lambda: free_name(root, default, resume, config))
         try:
             return start(verb, config, root, name, resume)
@@ -67,8 +68,9 @@ def stopped(signum: int, words: list[str]) -> Interrupted:
 
 
 def dry_run(verb: str, source: str | None, overrides: list[str]) -> dict[str, Any]:
-    """The resolved config and the job's sizes."""
+    """The resolved config and the job's sizes; UserError where the processes cannot share them, as of a launch."""
     config, _ = _resolve(verb, source, overrides)
+    require_shares(config)
     return {"config": config.model_dump(), **load(verb).plan(config)}
 
 

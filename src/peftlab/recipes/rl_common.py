@@ -23,11 +23,11 @@ from ..ops import ranks
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of, terms
 from ..rl.control import AdaptiveKL, FixedKL
+from ..rl.ranks import together
 from ..rl.rollout import PromptBatch, Rollout, rows_per_pass
 from ..rl.trainer import PolicyTrainer, UpdateSettings
 from ..runs.metrics import first_ratio_limit
 from ..runs.progress import Progress, say
-from ..runs.ranks import rank
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
 from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
@@ -123,9 +123,10 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
     checkpoint = resume_point(run)
     state = _read_state(checkpoint) if checkpoint else None
     if state is None:
-        reward = _normalised(reward, sampler, train, decoding, config.seed)
-        reward = reward.with_state(of_first(reward.state))
-        _score_one(reward, sampler, held_out, decoding, config.seed)
+        measured = of_first(lambda: _normalised(reward, sampler, train, decoding, config.seed).state())
+        reward = reward.with_state(measured)
+        with together():
+            _score_one(reward, sampler, held_out, decoding, config.seed)
     else:
         reward = reward.with_state(state["reward"])
     return Job(roles, under, base_hash, train, held_out, measure, reward, sampler, decoding, state)
@@ -317,7 +318,7 @@ def _records(rollout: Rollout, tensors: dict[str, torch.Tensor], sampler: Sample
 
 
 def _write_state(run: RunDir, step: int, state: dict[str, Any]) -> None:
-    if rank():
+    if ranks.rank():
         return
     with run.checkpoints.stage(step) as folder:
         torch.save(state, folder / "state.pt")

@@ -1,7 +1,8 @@
 """A job in several processes, as accelerate or torchrun starts it: they join, the first decides, all leave together.
 
 Every process does the whole of a recipe, but shares the sampling and the gradients; only the first writes the run's
-folder. The others have a folder of their own, which is thrown away: so no recipe asks which process it is in.
+folder. The others have a folder of their own, which is thrown away: so a recipe writes without asking which process it
+is in, but for what is large (checkpoints, the report).
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted, UserError, brief
 from ..models.backbone import pick_device
 from ..ops import ranks
 from ..rl.ranks import together
-from ..runs.ranks import local_rank, rank, world_size
-from ..runs.rundir import RunDir
+from ..runs.progress import say
+from ..runs.ranks import PeersLost, local_rank, peers, rank, world_size
+from ..runs.rundir import RunDir, differences
+from ..runs.signals import StopSignals
 
 T = TypeVar("T")
 
@@ -48,22 +51,38 @@ def joined(device: str) -> Iterator[None]:
                 "one process a GPU"
             )
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield
-    except Interrupted:
-        leave()
-        raise
-    except BaseException:
-        if chosen.type == "cpu":  # on a GPU this would wait for what the others may never send
-            dist.destroy_process_group()
-        raise
-    leave()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError, OSError) as error:
+        place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(f"the processes cannot meet at {place}: {brief(error)}") from error
+    # The first writes the run's end: no signal that comes late may take another from it, and itself with that.
+    with StopSignals() if rank() else contextlib.nullcontext():
+        try:
+            with peers():
+                yield
+        except Interrupted:
+            _leave(chosen)
+            raise
+        except BaseException:
+            if chosen.type == "cpu":  # on a GPU this would wait for what the others may never send
+                dist.destroy_process_group()
+            raise
+        _leave(chosen)
 
 
-def leave() -> None:
-    """Nobody goes before all have come: a launcher that sees one process end by a signal stops the others."""
-    ranks.objects(None)
+def _leave(device: torch.device) -> None:
+    """Nobody goes before all have come: a launcher that sees one process end by a signal stops the others.
+
+    Where one does not come, this one's work is done all the same.
+    """
+    try:
+        with peers():
+            ranks.objects(None)
+    except PeersLost:
+        say(f"another of the {world_size()} processes ended too early; the work of this one is done")
+        if device.type != "cpu":
+            return
     dist.destroy_process_group()
 
 
@@ -74,6 +93,29 @@ def of_first(make: Callable[[], T]) -> T:
         if ranks.rank() == 0:
             found = make()
     return ranks.objects(found)[0]  # type: ignore[return-value]
+
+
+def require_same_job(recipe: str, config_toml: str, name: str | None, resume: bool) -> None:
+    """UserError in every process where one was launched with another job than the first."""
+    told = ranks.objects((config_toml, {"recipe": recipe, "--run": name, "--resume": resume}))
+    for number, (theirs, words) in enumerate(told):
+        places = "in process 0", f"in process {number}"
+        differing = [f"{key} ({told[0][1][key]!r} {places[0]}, {word!r} {places[1]})" for key, word in words.items()
+                     if word != told[0][1][key]]
+        differing += differences(told[0][0], theirs, places)
+        if differing:
+            raise UserError(f"the processes were launched with different jobs: {', '.join(differing)}")
+
+
+def require_same(what: str, sha256: str) -> None:
+    """UserError in every process where `what` has another hash in one than in the first."""
+    told = ranks.objects(sha256)
+    for number, theirs in enumerate(told):
+        if theirs != told[0]:
+            raise UserError(
+                f"{what} is not the same for all processes (sha256 {told[0][:12]} in process 0, {theirs[:12]} in "
+                f"process {number}); give every host the same files"
+            )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ processes make the step of one, up to the order of sums.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LabError, PeftlabError, UserError, brief
+from ..models.roles import Roles, hash_of
 from ..ops import ranks
 from .rollout import PromptBatch, Rollout
 
@@ -38,7 +39,10 @@ def together() -> Iterator[None]:
 
 
 def gathered(mine: Rollout, prompts: PromptBatch) -> Rollout:
-    """The rollout of all `prompts`, from that of each process's share of them; the same bits everywhere."""
+    """The rollout of all `prompts`, from that of each process's share of them; the same bits everywhere.
+
+    LabError in all where they do not hold the same parts of a reward or the same figures.
+    """
     if ranks.size() == 1:
         return mine
     device = mine.logprobs.device
@@ -46,6 +50,9 @@ def gathered(mine: Rollout, prompts: PromptBatch) -> Rollout:
     tensors = {name: value.cpu() for name, value in named.items() if isinstance(value, Tensor)}
     parts = {name: value.cpu() for name, value in mine.score_parts.items()}
     told = ranks.objects((tensors, parts, mine.completions))
+    _require_same("reward: process {} gave parts {}, process {} {}; give the same parts for every list",
+                  [one[1] for one in told])
+    _require_same("process {} measured {}, process {} {}", [one[0] for one in told])
 
     def whole(name: str) -> Tensor:
         return _stacked([one[0][name] for one in told], name.startswith("prompt")).to(device)
@@ -54,6 +61,26 @@ def gathered(mine: Rollout, prompts: PromptBatch) -> Rollout:
     changed["score_parts"] = {name: torch.cat([one[1][name] for one in told]) for name in parts}
     changed["completions"] = [text for one in told for text in one[2]]
     return replace(mine, prompts=prompts, **changed)
+
+
+def require_same_weights(roles: Roles) -> None:
+    """LabError in all where a process learns or keeps other weights than the first."""
+    if ranks.size() == 1:
+        return
+    told = ranks.objects({"the frozen base": roles.frozen_hash(), "the adapter": hash_of(roles.state())})
+    for number, theirs in enumerate(told):
+        for what, digest in theirs.items():
+            if digest != told[0][what]:
+                raise LabError(f"{what} of process {number} is not that of process 0 before any update; with the same "
+                               "seed and the same files it would be")
+
+
+def _require_same(message: str, named: Sequence[Mapping[str, Any]]) -> None:
+    """LabError with `message` about the first process whose names are not those of process 0."""
+    first, *others = (", ".join(sorted(names)) or "none" for names in named)
+    for number, names in enumerate(others, 1):
+        if names != first:
+            raise LabError(message.format(0, first, number, names))
 
 
 def _stacked(parts: Sequence[Tensor], left: bool) -> Tensor:

@@ -251,5 +251,6 @@ def first_step(roles: Roles, rollout: Rollout, temperature: float, ratio_limit: 
         again, _, _ = roles.policy_tokens(ids, mask, keep, temperature)
         errors = torch.expm1(again - rollout.logprobs[rows, :keep]).abs() * counted
         largest = torch.maximum(largest, torch.stack([apart.abs().max(), errors.max()]))
-    kl, error = map(max, zip(*ranks.objects(largest.tolist()), strict=True))
+    # The largest of all processes. Not Python's max, which passes over a NaN that comes second.
+    kl, error = torch.tensor(ranks.objects(largest.tolist()), dtype=torch.float64).amax(0).tolist()
     return FirstStep(kl, error, ratio_limit)

@@ -18,7 +18,7 @@ from ..ops.masks import masked_mean
 from ..sampling.sampler import Decoding, Sampler
 from .control import AdaptiveKL, FixedKL
 from .finite import require_finite, require_finite_weights
-from .ranks import gathered, together
+from .ranks import gathered, require_same_weights, together
 from .rollout import (
     FirstStep,
     PromptBatch,
@@ -90,8 +90,9 @@ class PolicyTrainer(Generic[Settings]):
         """A completion of each prompt, scored; LabError where a number of it is not finite.
 
         With the exact KL in the first step and in every `record_every`-th. Of several processes each takes its share
-        of the prompts, and all get the whole.
+        of the prompts, and all get the whole: LabError where it is not as large as any other's.
         """
+        _require_even("prompts", len(prompts.texts))
         seeds, step = self.draw_seeds(len(prompts.texts)), self.steps_done + 1
         exact = step == 1 or step % self.settings.record_every == 0
         share = ranks.share(len(seeds))
@@ -99,17 +100,21 @@ class PolicyTrainer(Generic[Settings]):
         try:
             with together():
                 mine = collect_rollout(self.sampler, self.roles, self.reward, given, seeds, self.decoding, exact)
+            rollout = gathered(mine, prompts)
         except LabError as error:  # a reward's, which knows no steps
             raise LabError(f"step {step}: {error}; the weights were not updated") from error
-        rollout = gathered(mine, prompts)
         named = {"logprob": rollout.logprobs, "ref_logprob": rollout.ref_logprobs, "score": rollout.scores}
         kl = {} if rollout.exact_kl is None else {"exact_kl": rollout.exact_kl}
         require_finite(step, rollout, named | {"value": rollout.values} | kl)
         return rollout
 
     def check_first(self, rollout: Rollout) -> None:
-        """Measures the invariants of a run's first rollout; LabError, before any update, where one is broken."""
+        """Measures the invariants of a run's first rollout; LabError, before any update, where one is broken.
+
+        Of several processes all must hold the same weights, which only the sums of their gradients move.
+        """
         if self.first is None:
+            require_same_weights(self.roles)
             self.first = first_step(self.roles, rollout, self.decoding.temperature, self.settings.ratio_limit)
             self.first.check()
 
@@ -217,8 +222,10 @@ class PolicyTrainer(Generic[Settings]):
         self.first = FirstStep(*state["first"]) if state["first"] else None
 
     def _minibatches(self, rows: int) -> Iterator[Tensor]:
+        size = self.settings.minibatch_size or rows
+        _require_even("minibatch_size", size)
         order = torch.randperm(rows, generator=self.generator).to(self.roles.device)
-        yield from order.split(self.settings.minibatch_size or rows)
+        yield from order.split(size)
 
     def _schedule(self) -> None:
         """Linear warm-up, then linear decay to zero at `total_steps`."""
@@ -227,6 +234,12 @@ class PolicyTrainer(Generic[Settings]):
         scale = warm * max(0.0, 1.0 - step / settings.total_steps)
         for group, lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = lr * scale
+
+
+def _require_even(what: str, count: int) -> None:
+    """LabError where the processes cannot share `count` rows evenly: one without any would leave the others waiting."""
+    if count % ranks.size():
+        raise LabError(f"{what}: {count} cannot be shared evenly by {ranks.size()} processes")
 
 
 def policy_stats(old: Tensor, logprobs: Tensor, entropies: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from .ranks import rank
 from .sanitize import sanitize
 
 EVERY_S = 10.0
-PATIENCE_S = 2.0
+PATIENCE_S = 2.0  # in which a launcher that saw one process end has ended the others
 
 
 class Progress:
@@ -99,10 +99,14 @@ def folded(line: str, file: TextIO, below: int = 0) -> str:
     return "\n".join(parts)
 
 
-def complain(message: str) -> None:
-    """Says what ends this process. Any but the first waits first: where all met the same, it is ended meanwhile."""
+def complain(message: str, lost: bool = False) -> None:
+    """Says what ends this process. Of several it waits for those that have more to tell, and is ended meanwhile.
+
+    The first speaks at once, and the others after it, since all may have met the same. One that has only `lost` another
+    waits longest: that other knows why.
+    """
+    time.sleep(PATIENCE_S * (2 if lost else min(rank(), 1)))
     if rank():
-        time.sleep(PATIENCE_S)
         _write(f"process {rank()}: {sanitize(message)}\n")
     else:
         say(message)

@@ -39,7 +39,7 @@ from .ranks import peers, world_size
 from .signals import StopSignals
 from .summary import ended_runs, find_run, flat, list_runs, outcome, read_environment, read_summary
 
-__all__ = ["RunDir", "check_name", "ended_runs", "find_run", "list_runs", "read_summary"]
+__all__ = ["RunDir", "check_name", "differences", "ended_runs", "find_run", "list_runs", "read_summary"]
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")  # what a resume cuts back to its checkpoint
 
@@ -57,10 +57,12 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-def _differences(old_toml: str, new_toml: str) -> list[str]:
+def differences(old_toml: str, new_toml: str, places: tuple[str, str] = ("there", "now")) -> list[str]:
+    """The keys of two configurations that differ, each with both values and their `places`."""
     old, new = flat(tomllib.loads(old_toml)), flat(tomllib.loads(new_toml))
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return [f"{key} ({old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now)" for key in keys]
+    before, now = places
+    return [f"{key} ({old.get(key, 'absent')!r} {before}, {new.get(key, 'absent')!r} {now})" for key in keys]
 
 
 def _processes(count: int) -> str:
@@ -136,7 +138,7 @@ class RunDir:
                 f"cannot resume run {name!r} in {_processes(world_size())}: it began in {began}; launch as many, or "
                 "choose another --run"
             )
-        differing = _differences((path / "config.toml").read_text(encoding="utf-8"), config_toml)
+        differing = differences((path / "config.toml").read_text(encoding="utf-8"), config_toml)
         if differing:
             raise UserError(
                 f"cannot resume run {name!r} with another configuration: {', '.join(differing)}; "

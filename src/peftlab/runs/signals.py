@@ -17,8 +17,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """The first signal within the block sets `requested`, for the loop to read; the second leaves at once.
 
-    The handlers found on entry come back on exit. A block inside another passes the request on to the outer
-    one. Python delivers signals to the main thread only, so on any other thread the block changes nothing.
+    The handlers found on entry come back on exit. A block inside another passes the request on to the outer one, and
+    takes over what that was asked before. Of several processes only the first leaves at the second signal; the others
+    end when they miss it. Python delivers signals to the main thread only, so on any other thread the block changes
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -29,6 +31,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 self._previous[signum] = signal.signal(signum, self._handle)
+                if isinstance(outer := self._outer(signum), StopSignals):
+                    self.requested = self.requested or outer.requested
         return self
 
     def __exit__(
@@ -42,12 +46,14 @@ class StopSignals:
     def request(self, signum: int) -> None:
         """Asks this block, and the blocks around it, to stop after the present step."""
         self.requested = signum
-        outer = getattr(self._previous.get(signum), "__self__", None)
-        if isinstance(outer, StopSignals):
+        if isinstance(outer := self._outer(signum), StopSignals):
             outer.request(signum)
 
+    def _outer(self, signum: int) -> object:
+        return getattr(self._previous.get(signum), "__self__", None)
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
+        if self.requested is not None and rank() == 0:
             if Progress.open:
                 os.write(2, b"\n")
             os._exit(128 + signum)
