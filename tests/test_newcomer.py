@@ -195,7 +195,7 @@ def test_ppo_tells_its_own_reward_before_and_after(shop, tmp_path):
 def test_a_reward_that_cannot_read_the_evaluation_prompts_fails_before_training(shop, tmp_path):
     labelled = tiny.write_rows(tmp_path / "p.jsonl", [{"prompt": "the film was", "label": n % 2} for n in range(8)])
     given = pairs(shop, "ppo", "reward=my_gold:gold", f"train_data={labelled}")
-    with pytest.raises(TypeError):
+    with pytest.raises(LabError, match=r"my_gold:gold: my_gold.py, line \d+: TypeError"):
         launch("ppo", None, given, tmp_path, "gold")
     assert not (tmp_path / "gold" / "metrics.jsonl").exists()
 

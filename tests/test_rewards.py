@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from peftlab.errors import LabError, UserError
 from peftlab.rewards.parts import Reward, RewardPart, user_function
 from peftlab.rewards.sentiment import log_odds
+from peftlab.rewards.spec import reward_of
 
 ANSWERS = ["good", "bad film", "a", "the plot was dull"]
 PROMPTS = ["I say "] * 4
@@ -107,7 +108,8 @@ def test_the_users_function_is_found_in_the_working_directory(tmp_path, monkeypa
 
 
 def test_what_a_users_function_raises_is_a_line_that_names_its_own(tmp_path, monkeypatch):
-    (tmp_path / "raising_rewards.py").write_text("def f(p, c, r):\n    return g(c)\n\n\ndef g(c):\n    return c[0].none\n")
+    code = "def f(p, c, r):\n    return g(c)\n\n\ndef g(c):\n    return c[0].none\n"
+    (tmp_path / "raising_rewards.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(LabError, match=r"raising_rewards:f: raising_rewards.py, line 6: AttributeError: .*none"):

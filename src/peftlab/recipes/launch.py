@@ -30,6 +30,8 @@ def launch(
     with joined(config.device):
         require_same_job(verb, to_toml(config), name, resume)
         name = name or of_first(lambda: free_name(root, default, resume, config))
+        if not (source or overrides or resume):
+            say(f"{verb} by its defaults, as run {name}: `peftlab {verb} --dry-run` shows them; Ctrl+C stops it")
         try:
             return start(verb, config, root, name, resume)
         except Interrupted as error:
