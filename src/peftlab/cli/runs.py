@@ -13,7 +13,7 @@ from .shared import RUNS, Device, Json, cell, examples, loading, print_rows, pri
 
 app = typer.Typer()
 runs_app = typer.Typer(
-    help="List, compare and prune the runs below runs/.",
+    help="List, compare, prune and track the runs below runs/.",
     epilog=examples("peftlab runs", "peftlab runs diff sft-tiny ppo-tiny", "peftlab runs prune --dry-run"),
     invoke_without_command=True,
 )
@@ -115,6 +115,28 @@ def runs_prune(
         print_value({"dry_run": dry_run, "items": rows, "bytes": size}, True)
     elif going:
         print(f"{'would free' if dry_run else 'freed'} {_bytes(size)}")
+
+
+@runs_app.command(
+    "track",
+    epilog=examples(
+        "peftlab runs track ppo-tiny --to tensorboard", "peftlab runs track ppo-tiny --to trackio --follow"
+    ),
+)
+def runs_track(
+    run: Annotated[str, typer.Argument(help="a run's name below runs/, or its folder")],
+    to: Annotated[str, typer.Option(help="tensorboard or trackio, which pip installs")],
+    output: Annotated[
+        Path | None, typer.Option(help="of tensorboard: the folder of its files; default: tensorboard/RUN")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="go on until the run ends")] = False,
+) -> None:
+    """Hand a run's figures to TensorBoard or trackio; with --follow while it trains."""
+    from ..runs.rundir import find_run
+    from ..runs.track import track
+
+    rows, shown = track(find_run(RUNS, run), to, output, follow)
+    print(f"{rows} rows of {run}; to see them: {shown}")
 
 
 def _ask(count: int, size: int, as_json: bool) -> None:

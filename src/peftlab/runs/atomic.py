@@ -150,6 +150,22 @@ def append_line(path: Path, row: Any) -> None:
     append_rows(path, [row])
 
 
+def grown(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects that a file of lines has from byte `start` on, and where those begin that are yet to come.
+
+    What follows the last line's end is still being written. An absent file is empty; one that a resume has cut is read
+    from its beginning.
+    """
+    try:
+        with path.open("rb") as log:
+            start = start if start <= log.seek(0, os.SEEK_END) else 0
+            log.seek(start)
+            whole = log.read().rpartition(b"\n")[0]
+    except OSError:
+        return [], start
+    return [json.loads(line) for line in whole.splitlines()], start + len(whole) + bool(whole)
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file of lines; a line that a kill tore is left out, an absent file is empty."""
     if not path.exists():

@@ -15,7 +15,7 @@ def diff_runs(one: Path, other: Path) -> dict[str, Any]:
     A key that a config lacks, and a figure that a run did not measure, is None. Runs still under way have no figures.
     """
     runs = [outcome(folder) for folder in (one, other)]
-    configs = [_config(folder) for folder in (one, other)]
+    configs = [read_config(folder) for folder in (one, other)]
     keys = [*configs[0], *(key for key in configs[1] if key not in configs[0])]
     names = [*runs[0]["metrics"], *(name for name in runs[1]["metrics"] if name not in runs[0]["metrics"])]
     return {
@@ -34,7 +34,7 @@ def diff_runs(one: Path, other: Path) -> dict[str, Any]:
     }
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The config with dotted keys; empty where it cannot be read."""
     try:
         table = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from .atomic import grown
 from .metrics import METRICS, Metric, healthy_text
 from .sanitize import sanitize
 
@@ -50,16 +51,10 @@ class Panel:
         return captured.get()
 
     def _follow(self) -> None:
-        """Reads the rows that metrics.jsonl has won; what follows its last line's end is still being written."""
-        try:
-            with (self.folder / "metrics.jsonl").open("rb") as log:
-                log.seek(self._read)
-                whole = log.read().rpartition(b"\n")[0]
-        except OSError:
-            return
-        self._read += len(whole) + bool(whole)
-        for line in whole.splitlines():
-            figures = {name: value for name, value in json.loads(line).items() if isinstance(value, int | float)}
+        """Reads the rows that metrics.jsonl has won."""
+        rows, self._read = grown(self.folder / "metrics.jsonl", self._read)
+        for row in rows:
+            figures = {name: value for name, value in row.items() if isinstance(value, int | float)}
             self.first = figures | self.first
             self.last |= figures
 
