@@ -219,15 +219,17 @@ def test_a_stop_of_one_process_stops_both_and_the_resume_gives_the_same_bytes(ru
 def test_what_fails_in_one_process_ends_both(runs):
     summary = json.loads((runs[0] / "broken" / "summary.json").read_text())
     assert summary["status"] == "failed"
-    assert summary["reason"] == "step 1: process 1: ValueError: no reward today; the weights were not updated"
+    told = "reward rank_gate:broken: rank_gate.py, line 23: ValueError: no reward today; the weights were not updated"
+    assert summary["reason"] == f"step 1: process 1: {told}"
     assert [said.splitlines()[-1] for said in runs[2]] == [
-        f"broken: LabError: {summary['reason']}", "broken: ValueError: no reward today"
+        f"broken: LabError: {summary['reason']}", f"broken: LabError: step 1: {told}"
     ]
 
 
 def test_what_fails_in_one_process_before_the_training_ends_both_with_its_reason(runs):
-    assert json.loads((runs[0] / "early" / "summary.json").read_text())["reason"] == "process 1: ValueError: no label"
-    assert "early: ValueError: no label" in runs[2][1].splitlines()
+    told = "reward rank_gate:early: rank_gate.py, line 18: ValueError: no label"
+    assert json.loads((runs[0] / "early" / "summary.json").read_text())["reason"] == f"process 1: {told}"
+    assert f"early: LabError: {told}" in runs[2][1].splitlines()
 
 
 def test_a_launcher_that_is_told_to_end_leaves_a_run_that_resumes(shop, runs, tmp_path):

@@ -61,7 +61,9 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
         tokenizer = backbone.tokenizer
         train = load_recorded(run, config, "train", "sft").records
         held_out = load_recorded(run, config, "eval", "sft").records
-        rows, test = rows_of(train, tokenizer, config), rows_of(held_out, tokenizer, config)
+        rows, test = labelled(rows_of(train, tokenizer, config)), rows_of(held_out, tokenizer, config)
+        if not rows:
+            raise UserError(f"train_data {config.train_data}: no text has two tokens, of which the second is learned")
         model = attach(backbone.model, config.lora, ADAPTER, base=under.base)
         require_gradients(adapter_parameters(model, ADAPTER))
         model.config.use_cache = False
@@ -127,10 +129,7 @@ def rows_of(records: list[Any], tokenizer: Any, config: SftConfig) -> list[Row]:
     if len(texts) + len(pairs) < len(records):
         raise UserError(f"train_data {config.train_data}: rows of `text`, `prompt` and `completion`, or `messages`")
     rows = pack(document_ids(texts, tokenizer, config.document_tokens), config.max_length)
-    rows = labelled([*rows, *(prompt_completion(*pair, tokenizer, config.max_length) for pair in pairs)])
-    if not rows:
-        raise UserError(f"train_data {config.train_data}: no text has two tokens, of which the second could be learned")
-    return rows
+    return rows + [prompt_completion(*pair, tokenizer, config.max_length) for pair in pairs]
 
 
 def _as_pair(record: Conversation, tokenizer: Any, config: SftConfig) -> tuple[str, str]:
