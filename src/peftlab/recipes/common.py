@@ -72,15 +72,18 @@ def note_data(run: RunDir, data: RecordSet, limit: int) -> None:
     run.record_data(name, data.sha256, len(data.records))
 
 
-def fitting_rows(run: RunDir, spec: str, prompts: Sequence[Sequence[int]], longest: int, taker: str) -> list[int]:
+def fitting_rows(
+    run: RunDir | None, spec: str, prompts: Sequence[Sequence[int]], longest: int, taker: str
+) -> list[int]:
     """The rows of prompts of at most `longest` tokens; where some are longer but not all, tells how many.
 
-    `taker`: what takes the rest of the context.
+    `taker`: what takes the rest of the context. `run` notes it too, where there is one.
     """
     rows = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
     left = len(prompts) - len(rows)
     if rows and left:
-        run.event("prompts_left_out", data=spec, rows=left, longest=longest)
+        if run is not None:
+            run.event("prompts_left_out", data=spec, rows=left, longest=longest)
         say(f"{spec}: {left} of {len(prompts)} prompts are left out: {too_long(longest, taker)}")
     return rows
 

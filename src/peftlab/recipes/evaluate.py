@@ -19,15 +19,14 @@ from ..errors import UserError
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..evaluation.explanations import GREEDY, evaluate_explanations
 from ..evaluation.pairs import ScoredPairs, longer_wins, pair_intervals, pair_metrics
-from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
+from ..evaluation.perplexity import perplexity, perplexity_intervals, row_nlls
 from ..evaluation.summaries import SummaryFormat, score_summaries, summarize
 from ..models.adapters import kind_of, load_stack
 from ..models.backbone import Backbone
 from ..models.classifier import TextClassifier, own_labels
 from ..models.reward_model import RewardModel
-from ..runs.progress import say
 from ..sampling.sampler import Sampler
-from .common import too_long
+from .common import fitting_rows, too_long
 from .frontier import draw_frontier
 from .policy_eval import compare_policy, evaluate_policy
 from .policy_options import PolicyOptions
@@ -149,14 +148,11 @@ def _language_model(name: str, data: str, limit: int | None, device: str, column
 def _fitting(backbone: Backbone, data: str, rows: list[PromptCompletion]) -> list[PromptCompletion]:
     """Those whose prompt leaves room for an answer; how many do not is told. UserError where none does."""
     longest = int(backbone.model.config.max_position_embeddings) - GREEDY.max_new_tokens
-    lengths = map(len, encode([row.prompt for row in rows], backbone.tokenizer))
-    fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= longest]
-    why = too_long(longest, f"an answer of {GREEDY.max_new_tokens}")
+    prompts, taker = encode([row.prompt for row in rows], backbone.tokenizer), f"an answer of {GREEDY.max_new_tokens}"
+    fitting = fitting_rows(None, data, prompts, longest, taker)
     if not fitting:
-        raise UserError(f"data {data}: every prompt is {why}")
-    if len(fitting) < len(rows):
-        say(f"{data}: {len(rows) - len(fitting)} of {len(rows)} prompts are left out: {why}")
-    return fitting
+        raise UserError(f"data {data}: every prompt is {too_long(longest, taker)}")
+    return [rows[row] for row in fitting]
 
 
 def _rubric(backbone: Backbone, rows: list[PromptCompletion]) -> dict[str, Any]:
@@ -171,6 +167,5 @@ def _perplexity(backbone: Backbone, texts: list[str]) -> dict[str, Any]:
     )
     return {
         "metrics": {"eval/perplexity": perplexity(sums, counts)},
-        # A single row knows no spread.
-        "intervals": {"eval/perplexity": perplexity_interval(sums, counts)} if len(sums) > 1 else {},
+        "intervals": perplexity_intervals(sums, counts),
     }

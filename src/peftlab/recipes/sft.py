@@ -11,7 +11,7 @@ from ..data.records import Conversation, PromptCompletion, Text
 from ..data.tokenize import PLAIN_CHAT, Row, document_ids, encode, labelled, pack, prompt_completion
 from ..errors import UserError
 from ..evaluation.explanations import GREEDY, evaluate_explanations
-from ..evaluation.perplexity import perplexity, perplexity_interval, row_nlls
+from ..evaluation.perplexity import perplexity, perplexity_intervals, row_nlls
 from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, load_stack, save_adapter, stack_over
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Sampler
@@ -74,8 +74,7 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
             """Figures, their intervals, and the answers to `asked`."""
             sums, counts = row_nlls(model.eval(), test, tokenizer.pad_token_id)
             figures = {"eval/perplexity": perplexity(sums, counts)}
-            several = len(sums) > 1  # a single row knows no spread
-            intervals = {"eval/perplexity": perplexity_interval(sums, counts)} if several else {}
+            intervals = perplexity_intervals(sums, counts)
             if not asked:
                 return figures, intervals, []
             told = evaluate_explanations(Sampler(model, tokenizer), asked)
