@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError, brief
 from ..ops.masks import last_true, position_ids
 from .catalog import resolve
-from .quick import fuse_gelu, keep_freed_memory
+from .quick import fuse_gelu, fuse_norms, keep_freed_memory
 
 Task = Literal["causal", "classifier", "seq2seq"]
 # What a task needs: the kinds of model that serve it, and in words.
@@ -90,7 +90,7 @@ def load_backbone(
     own = f"{model.base_model_prefix}." if task == "classifier" else ""  # a classifier's head is new
     if missing := sorted(key for key in told["missing_keys"] if key.startswith(own)):
         raise UserError(f"model {name}: the weights in {source} lack {missing[0]} ({len(missing)} missing); restore it")
-    fuse_gelu(model).requires_grad_(False).eval()
+    fuse_norms(fuse_gelu(model)).requires_grad_(False).eval()
     keep_freed_memory()
     return Backbone(name, model.to(pick_device(device)), tokenizer, fingerprint(trunk(model)))
 

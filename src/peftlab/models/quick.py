@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -30,4 +31,19 @@ def fuse_gelu(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
+
+
+def fuse_norms(model: nn.Module) -> nn.Module:
+    """The norms of Llama-class models in one kernel for transformers' six. Last bits differ."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    class FusedRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            weight = self.weight.to(hidden_states.dtype)
+            return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+
+    for module in model.modules():
+        if type(module) is LlamaRMSNorm:
+            module.__class__ = FusedRMSNorm
     return model

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.logprobs import entropy, state_logprobs, token_logprobs
+from ..ops.split import SplitHead, splits_pay
 from .adapters import PolicyLora, activate, adapter_parameters, attach, load_adapter, lora_layers
 from .backbone import (
     Backbone,
@@ -24,7 +27,9 @@ from .backbone import (
     parameter_bytes,
     unembedding,
 )
+from .captured import CapturedStates, capturable
 from .heads import ScalarHead
+from .quick_lora import split_products
 from .reward_model import CriticStart
 
 POLICY, VALUE = "policy", "value"
@@ -47,6 +52,7 @@ class Roles:
         self.tokenizer = backbone.tokenizer
         self.critic = critic
         self.twin = _twin(backbone.model)
+        capture = capturable(backbone.model)
         self.unembedding = unembedding(backbone.model)
         self.model: Any = attach(backbone.model, lora, POLICY, base=backbone.name)
         if start is not None:
@@ -60,12 +66,25 @@ class Roles:
             parameter.requires_grad_(True)
         for parameter in self.critic_parameters().values():
             parameter.requires_grad_(True)
+        self._learned: dict[str | None, list[nn.Parameter]] = {POLICY: list(self.policy_parameters().values())}
+        if critic == "adapter":
+            self._learned[VALUE] = list(adapter_parameters(self.model, VALUE).values())
         activate(self.model, POLICY)
+        split_products(self.model)
+        self.split_head = None
+        if self.unembedding is not None and splits_pay(self.device):
+            self.split_head = SplitHead(self.unembedding)
+        self.captured = CapturedStates(self.model) if capture else None
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def precision(self) -> str:
+        """How its matrix products are made, by the name of the limit of invariant/first_ratio_error."""
+        return "fp32" if self.split_head is None else "fp32 in parts"
 
     @property
     def shared_head(self) -> ScalarHead | None:
@@ -87,51 +106,64 @@ class Roles:
         """Of the last `keep` tokens, the policy's log-probabilities and entropies, 0 where the mask is False, and the
         critic's values; V_t is read before token t. Each (B, keep), without logits where the head is a plain product.
         """
-        activate(self.model, POLICY)
-        logprobs, entropies, states = self._read(ids, mask, keep, temperature)
+        logprobs, entropies, states = self._read(ids, mask, keep, temperature, POLICY)
         head = self.shared_head
         return logprobs, entropies, self.values(ids, mask, keep) if head is None else head(states)
 
     @torch.no_grad()
     def reference_logprobs(self, ids: Tensor, mask: Tensor, keep: int, temperature: float = 1.0) -> Tensor:
         """The reference's log-probabilities (B, keep) of the last `keep` tokens, 0 where the mask is False."""
-        activate(self.model)
-        logprobs, _, _ = self._read(ids, mask, keep, temperature)
-        activate(self.model, POLICY)
-        return logprobs
+        return self._read(ids, mask, keep, temperature, None)[0]
 
     def policy(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
         """Policy logits (B, keep, V)."""
-        activate(self.model, POLICY)
-        return causal_logits(self.model, ids, mask, keep)
+        with self._acting(POLICY):
+            return causal_logits(self.model, ids, mask, keep)
 
     def values(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
         """The critic's values (B, keep); 0 without one, at no cost."""
         if self.head is None:
             return torch.zeros(len(ids), keep, device=ids.device)
-        activate(self.model, POLICY if self.critic == "shared" else VALUE)
-        values: Tensor = self.head(causal_states(self.model, ids, mask, keep))
-        activate(self.model, POLICY)
+        values: Tensor = self.head(self._states(ids, mask, keep, POLICY if self.critic == "shared" else VALUE))
         return values
 
     @torch.no_grad()
     def reference(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
         """Reference logits (B, keep, V): the same base, adapters off."""
-        activate(self.model)
-        logits = causal_logits(self.model, ids, mask, keep)
-        activate(self.model, POLICY)
-        return logits
+        with self._acting(None):
+            return causal_logits(self.model, ids, mask, keep)
 
-    def _read(self, ids: Tensor, mask: Tensor, keep: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, entropies and final states for the last `keep` tokens, with the adapters that are on."""
+    @contextmanager
+    def _acting(self, role: str | None) -> Iterator[None]:
+        """The adapter `role` acts, or none; then the policy's again."""
+        activate(self.model, *([role] if role else []))
+        try:
+            yield
+        finally:
+            if role != POLICY:
+                activate(self.model, POLICY)
+
+    def _states(self, ids: Tensor, mask: Tensor, keep: int, role: str | None) -> Tensor:
+        """`causal_states` with the adapter `role`, or none."""
+        acting = partial(self._acting, role)
+        if self.captured is None or torch.is_autocast_enabled(ids.device.type):
+            with acting():
+                return causal_states(self.model, ids, mask, keep)
+        return self.captured(ids, mask, role, acting, self._learned.get(role, ()))[:, -keep - 1 : -1]
+
+    def _read(
+        self, ids: Tensor, mask: Tensor, keep: int, temperature: float, role: str | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, entropies and final states for the last `keep` tokens, with the adapter `role` or none."""
         tokens, counted = ids[:, -keep:], mask[:, -keep:]
         if self.unembedding is None:
-            logits, states = causal_logits_and_states(self.model, ids, mask, keep)
+            with self._acting(role):
+                logits, states = causal_logits_and_states(self.model, ids, mask, keep)
             found = token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
             logprobs, entropies = (part.masked_fill(~counted, 0.0) for part in found)
             return logprobs, entropies, states
-        states = causal_states(self.model, ids, mask, keep)
-        found = state_logprobs(states[counted], self.unembedding, tokens[counted], temperature)
+        states = self._states(ids, mask, keep, role)
+        found = state_logprobs(states[counted], self.unembedding, tokens[counted], temperature, self.split_head)
         nothing = torch.zeros(counted.shape, device=ids.device)
         logprobs, entropies = (nothing.masked_scatter(counted, part) for part in found)
         return logprobs, entropies, states

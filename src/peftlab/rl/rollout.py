@@ -150,7 +150,9 @@ def rows_per_pass(device: torch.device, length: int, logits: int = 1) -> int:
 
 
 def passes(samples: Samples | Rollout, rows: Tensor, with_logits: Roles | None = None) -> Iterator[Tensor]:
-    """`rows` (N,) in groups that go through the model together, shortest first: rows of similar length waste least.
+    """`rows` (N,) in groups that go through the model together, of about one size.
+
+    Shortest first: rows of similar length waste least.
 
     `with_logits`: whose logits are to be there at once; all rows' would be gigabytes where the vocabulary is large.
     """
@@ -158,7 +160,7 @@ def passes(samples: Samples | Rollout, rows: Tensor, with_logits: Roles | None =
     logits = 1 if with_logits is None else keep * with_logits.model.config.vocab_size
     size = rows_per_pass(rows.device, samples.ids.shape[1], logits)
     order = samples.mask[rows].sum(1).argsort(stable=True)
-    yield from rows[order].split(size)
+    yield from rows[order].split(-(-len(rows) // -(-len(rows) // size)))
 
 
 def of_rank(rollout: Rollout, rows: Tensor) -> Tensor:

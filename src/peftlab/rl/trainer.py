@@ -75,7 +75,9 @@ class PolicyTrainer(Generic[Settings]):
         self.steps_done = 0
         self.first: FirstStep | None = None
         learned = self.learned()
-        self.optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in learned], eps=1e-5, weight_decay=0.0)
+        groups = [{"params": parameters, "lr": lr} for parameters, lr in learned]
+        one_kernel = roles.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=one_kernel)
         self.peak_lrs = [lr for _, lr in learned]
 
     def learned(self) -> list[tuple[list[nn.Parameter], float]]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.split import SplitHead, SplitWeight, splits_pay
+
 # (layer, query (N, H, D), keys and values (N, 2, G, D)) -> (N, H * D)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -28,7 +30,59 @@ class FusedStep(Protocol):
     width: int
     head: Tensor
 
+    def refresh(self) -> None:
+        """Follow weights that were written to."""
+
+    def logits(self, states: Tensor, out: Tensor) -> None:
+        """states head^T (N, V) into `out` (N, V'), of which it may lower what lies behind V."""
+
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor: ...
+
+
+class Products:
+    """Products with a model's weights (E, D), which may be written to, and its head (V, D), which is not.
+
+    They are taken as they lie, or in parts where that is sooner.
+    """
+
+    def __init__(
+        self, model: nn.Module, head: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> None:
+        self.written = list(model.parameters())  # weights that are packed do not count what is written to their windows
+        self.head, self.weights, self.biases = head, weights, biases
+        self.split: list[SplitWeight] = []
+        self.split_head: SplitHead | None = None
+        self.seen = self._versions()
+        if weights[0].dtype == torch.float32 and splits_pay(weights[0].device):
+            self.split = [SplitWeight(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            self.split_head = SplitHead(head)
+
+    def refresh(self) -> None:
+        """Follow weights that were written to."""
+        if self.split and self.seen != self._versions():
+            for split, weight, bias in zip(self.split, self.weights, self.biases, strict=True):
+                split.renew(weight, bias)
+            self.seen = self._versions()
+
+    def __call__(self, number: int, x: Tensor) -> Tensor:
+        """x (N, D) by weight `number`, (N, E)."""
+        return self.split[number](x) if self.split else F.linear(x, self.weights[number], self.biases[number])
+
+    def add(self, number: int, x: Tensor, to: Tensor) -> Tensor:
+        """`to` (N, E) plus the product, in place."""
+        if not self.split and self.biases[number] is None:
+            return to.addmm_(x, self.weights[number].t())
+        return to.add_(self(number, x))
+
+    def logits(self, states: Tensor, out: Tensor) -> None:
+        """states head^T (N, V) into `out` (N, V'), of which it may lower what lies behind V."""
+        if self.split_head is None:
+            torch.mm(states, self.head.t(), out=out[:, : len(self.head)])
+        else:
+            self.split_head(states, out[:, : len(self.split_head.weight)])
+
+    def _versions(self) -> list[int]:
+        return [parameter._version for parameter in self.written]
 
 
 class FusedGpt2:
@@ -38,16 +92,20 @@ class FusedGpt2:
         self.body, self.head = model.transformer, model.lm_head.weight
         self.layers, self.groups = len(self.body.h), model.config.n_head
         self.width = model.config.n_embd // model.config.n_head
+        own = [p for b in self.body.h for p in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+        weights = [layer.weight.detach().t() for layer in own]
+        self.products = Products(model, self.head.detach(), weights, [layer.bias.detach() for layer in own])
+        self.refresh, self.logits = self.products.refresh, self.products.logits
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        body = self.body
+        body, products = self.body, self.products
         x = body.wte(tokens) + body.wpe(positions)
         for layer, block in enumerate(body.h):
-            own = block.attn
-            parts = own.c_attn(block.ln_1(x)).view(len(x), 3, self.groups, self.width)
-            x = x + own.c_proj(attend(layer, parts[:, 0], parts[:, 1:]))
-            hidden = F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh")
-            x = x + block.mlp.c_proj(hidden)
+            first = 4 * layer
+            parts = products(first, block.ln_1(x)).view(len(x), 3, self.groups, self.width)
+            products.add(first + 1, attend(layer, parts[:, 0], parts[:, 1:]), x)
+            hidden = F.gelu(products(first + 2, block.ln_2(x)), approximate="tanh")
+            products.add(first + 3, hidden, x)
         states: Tensor = body.ln_f(x)
         return states
 
@@ -61,26 +119,36 @@ class FusedLlama:
         self.layers, self.groups = len(self.body.layers), config.num_key_value_heads
         self.width = self.body.layers[0].self_attn.head_dim
         self.heads = config.num_attention_heads
-        self.attention = [pack([b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj]) for b in self.body.layers]
-        self.gates = [pack([b.mlp.gate_proj, b.mlp.up_proj]) for b in self.body.layers]
+        weights = [
+            weight
+            for own, mlp in ((block.self_attn, block.mlp) for block in self.body.layers)
+            for weight in (
+                pack([own.q_proj, own.k_proj, own.v_proj]),
+                own.o_proj.weight.detach(),
+                pack([mlp.gate_proj, mlp.up_proj]),
+                mlp.down_proj.weight.detach(),
+            )
+        ]
+        self.products = Products(model, self.head.detach(), weights, [None] * len(weights))
+        self.refresh, self.logits = self.products.refresh, self.products.logits
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        body = self.body
+        body, products = self.body, self.products
         x = body.embed_tokens(tokens)
         cos, sin = body.rotary_emb(x.unsqueeze(1), positions.unsqueeze(1))
         # The rotation takes (a, b) to (a cos - b sin, b cos + a sin): with the sign on the sine, b and a change places.
         first, second = sin.chunk(2, -1)
         sin, turned = torch.cat([-first, second], -1), self.heads + self.groups
         for layer, block in enumerate(body.layers):
-            states = _norm(x, block.input_layernorm)
-            parts = F.linear(states, self.attention[layer]).view(len(x), -1, self.width)
+            first = 4 * layer
+            parts = products(first, _norm(x, block.input_layernorm)).view(len(x), -1, self.width)
             rotary = parts[:, :turned]
             swapped = rotary.roll(self.width // 2, -1)
             rotary.mul_(cos).addcmul_(swapped, sin)
             pairs = parts[:, self.heads :].view(len(x), 2, self.groups, self.width)
-            x.addmm_(attend(layer, parts[:, : self.heads], pairs), block.self_attn.o_proj.weight.t())
-            gate, up = F.linear(_norm(x, block.post_attention_layernorm), self.gates[layer]).chunk(2, -1)
-            x.addmm_(F.silu(gate).mul_(up), block.mlp.down_proj.weight.t())
+            products.add(first + 1, attend(layer, parts[:, : self.heads], pairs), x)
+            gate, up = products(first + 2, _norm(x, block.post_attention_layernorm)).chunk(2, -1)
+            products.add(first + 3, F.silu(gate).mul_(up), x)
         return _norm(x, body.norm)
 
 

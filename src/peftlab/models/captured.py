@@ -1,0 +1,180 @@
+"""Final states of a policy's passes by CUDA graphs, with gradients.
+
+Of a pass of some thousand tokens a GPU runs each kernel sooner than Python launches the next. So a pass is recorded
+once a kind, forward and backward, and then replayed. A kind is a role, whether it learns, and a size; sizes are rounded
+up, by rows and leading columns that no other token sees. The first pass of a kind runs kernel by kernel, on the stream
+of captures, and sets up what libraries keep; the second is captured.
+
+Shapes: B rows of T tokens, in a kind of R >= B rows and S >= T tokens; D width of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..ops.masks import position_ids
+from .backbone import trunk
+
+# Kinds that are remembered; beyond them all are forgotten.
+KINDS = 32
+Acting = Callable[[], AbstractContextManager[None]]
+Kind = tuple[str | None, bool, int, int]
+
+
+def capturable(model: Any) -> bool:
+    """Whether a causal model (not yet a PeftModel) is on CUDA and of a class whose forward asks the device nothing."""
+    known = type(model).__name__ in ("GPT2LMHeadModel", "LlamaForCausalLM")
+    return known and model.device.type == "cuda" and model.config._attn_implementation == "sdpa"
+
+
+def bucket(rows: int, tokens: int) -> tuple[int, int]:
+    """Rows and tokens of the kind that takes these: multiples of 8, and of 16 or an eighth of a longer text."""
+    step = max(16, 1 << max(0, tokens.bit_length() - 3))
+    return -(-rows // 8) * 8, -(-tokens // step) * step
+
+
+class CapturedStates:
+    """`causal_states` of a PeftModel, by graphs. Its parameters must stay where they lie."""
+
+    def __init__(self, model: Any) -> None:
+        self.body = trunk(model)
+        self.stream = torch.cuda.Stream(model.device)
+        self.passes: dict[Kind, Pass] = {}
+        self.turns: dict[str | None, Turn] = {}
+
+    def __call__(
+        self, ids: Tensor, mask: Tensor, role: str | None, acting: Acting, learned: Sequence[nn.Parameter] = ()
+    ) -> Tensor:
+        """States (B, T, D) of ids, mask (B, T), with the adapter `role`; `acting` is the context in which it acts.
+
+        `learned`: that adapter's parameters, which get gradients where they are taken. One pass of a role at a time:
+        its states, and what their gradient is made of, are there until the next begins.
+        """
+        learned = learned if torch.is_grad_enabled() else ()
+        rows, tokens = bucket(*ids.shape)
+        kind = role, bool(learned), rows, tokens
+        if len(self.passes) >= KINDS and kind not in self.passes:
+            torch.cuda.synchronize(self.stream.device)
+            self.passes.clear()
+            self.turns.clear()
+        if kind not in self.passes:
+            turn = self.turns.setdefault(role if learned else f"{role}, read", Turn())
+            self.passes[kind] = Pass(self.body, rows, tokens, learned, self.stream, turn)
+        one = self.passes[kind]
+        one.take(ids, mask)
+        return one.states(acting)[: len(ids), tokens - ids.shape[1] :]
+
+
+class Turn:
+    """The passes that share a memory for what they keep between forward and backward; the number of the last one."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.number = 0
+
+
+class Pass:
+    """One kind of pass: what it reads and makes, at addresses that stay, and the graphs between."""
+
+    def __init__(
+        self, body: nn.Module, rows: int, tokens: int, learned: Sequence[nn.Parameter], stream: Any, turn: Turn
+    ) -> None:
+        device = stream.device
+        self.body, self.learned, self.stream, self.turn = body, list(learned), stream, turn
+        self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        self.seen = torch.zeros(rows, 1, tokens, tokens, dtype=torch.bool, device=device)
+        self.begun = False
+        self.graphs: list[torch.cuda.CUDAGraph] = []  # forward, and backward where it learns
+        self.made = self.slopes = torch.empty(0)
+        self.gradients: list[Tensor] = []
+
+    def take(self, ids: Tensor, mask: Tensor) -> None:
+        """Put rows into place. Whoever is padding sees itself, so that no row of attention is empty."""
+        rows, tokens = self.ids.shape
+        real = torch.zeros(rows, tokens, dtype=torch.bool, device=mask.device)
+        real[: len(mask), tokens - mask.shape[1] :] = mask
+        self.ids.zero_()
+        self.ids[: len(ids), tokens - ids.shape[1] :] = ids
+        self.positions.copy_(position_ids(real))
+        before = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+        self.seen.copy_((real[:, None, None] & before) | (before & before.t()))
+
+    def states(self, acting: Acting) -> Tensor:
+        """Final states (R, S, D) of what was taken."""
+        if not self.begun:
+            self.begun = True
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream), acting():
+                states = self._run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return states
+        if not self.graphs:
+            with acting():
+                self._capture()
+        self.turn.number += 1
+        if not self.learned:
+            self.graphs[0].replay()
+            return self.made
+        replayed: Tensor = _Replay.apply(self.learned[0], self)
+        return replayed
+
+    def _run(self) -> Tensor:
+        states: Tensor = self.body(
+            input_ids=self.ids, attention_mask=self.seen, position_ids=self.positions, use_cache=False
+        ).last_hidden_state
+        return states
+
+    def _capture(self) -> None:
+        # Threads of autograd and of communicators may call CUDA meanwhile.
+        given: dict[str, Any] = {
+            "pool": self.turn.pool,
+            "stream": self.stream,
+            "capture_error_mode": "thread_local",
+        }
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, **given):
+            made = self._run()
+        self.made = made.detach()
+        self.graphs = [forward]
+        if self.learned:
+            self.slopes = torch.zeros_like(self.made)
+            self.gradients = [torch.zeros_like(parameter) for parameter in self.learned]
+            with torch.cuda.graph(backward, **given):
+                torch._foreach_copy_(self.gradients, torch.autograd.grad(made, self.learned, self.slopes))
+            self.graphs.append(backward)
+
+    def add_gradients(self, slopes: Tensor) -> None:
+        """Adds to `.grad` of what learns the gradient of sum(slopes * states), for slopes (R, S, D)."""
+        self.slopes.copy_(slopes)
+        self.graphs[1].replay()
+        there = [parameter.grad for parameter in self.learned if parameter.grad is not None]
+        if len(there) == len(self.learned):
+            torch._foreach_add_(there, self.gradients)
+            return
+        for parameter, gradient in zip(self.learned, torch._foreach_mul(self.gradients, 1.0), strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+class _Replay(torch.autograd.Function):
+    """The states of a captured pass. `anchor`, of what learns, makes autograd ask for gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, one: Pass) -> Tensor:
+        ctx.one, ctx.number = one, one.turn.number
+        one.graphs[0].replay()
+        return one.made.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        if ctx.number != ctx.one.turn.number:
+            raise RuntimeError("another pass of this role began before this one's backward: they share one memory")
+        ctx.one.add_gradients(gradient)
+        return None, None

@@ -1,0 +1,123 @@
+"""Float32 matrix products on units that multiply bfloat16.
+
+A float32 is taken as the sum of two bfloat16, x = high + low, which leaves out 2^-17 of it at most. Then
+
+    x w = high_x high_w + low_x high_w + high_x low_w,
+
+less low_x low_w, is one product of rows three times as long, added up in float32: 16 bits of each factor count, where
+TF32 keeps 11 and bfloat16 8. (Henry et al. 2019, "Leveraging the bfloat16 artificial intelligence datatype for
+higher-precision computations".)
+
+Shapes: T rows, D inputs and E outputs of a layer, K = 3D, and 8 more where the layer has a bias.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEVER = -1e30  # a logit: finite, so that its product with a probability of 0 is 0
+ONES = 8  # columns of a bias: cuBLAS asks for rows of a multiple of 16 bytes
+
+
+def splits_pay(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 several times as fast as float32."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class SplitRows:
+    """The parts of rows, remembered for the next layer that reads the same tensor."""
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+    def of(self, x: Tensor, bias: bool = False) -> Tensor:
+        """x (..., D), float32 -> (T, K), bfloat16: high, low, high, and ones for a bias to be multiplied by."""
+        wide = 3 * x.shape[-1] + ONES * bias
+        if self._last is not None:
+            source, version, parts = self._last
+            if source() is x and version == x._version and parts.shape[1] == wide:
+                return parts
+        parts = _rows(x.detach().reshape(-1, x.shape[-1]), wide)
+        self._last = weakref.ref(x), x._version, parts
+        return parts
+
+
+def _rows(x: Tensor, wide: int) -> Tensor:
+    parts = torch.empty(len(x), wide, dtype=torch.bfloat16, device=x.device)
+    high, low, again, ones = parts.tensor_split([n * x.shape[1] for n in (1, 2, 3)], 1)
+    high.copy_(x)
+    torch.sub(x, high, out=low)
+    again.copy_(high)
+    ones.fill_(1.0)
+    return parts
+
+
+class SplitWeight:
+    """A weight (E, D), and bias (E,), of float32, in parts that `SplitRows.of` are multiplied by."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, rows: SplitRows | None = None) -> None:
+        self.rows = rows or SplitRows()
+        self.biased = bias is not None
+        wide = 3 * weight.shape[1] + ONES * self.biased
+        self.columns = torch.zeros(len(weight), wide, dtype=torch.bfloat16, device=weight.device)
+        self.renew(weight, bias)
+
+    def beside(self, weight: Tensor, x: Tensor) -> Tensor:
+        """x by another weight (F, D), whose parts are made for this once: (..., D) -> (..., F)."""
+        other = SplitWeight(weight, weight.new_zeros(len(weight)) if self.biased else None, self.rows)
+        return other(x)
+
+    @torch.no_grad()
+    def renew(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Take other values, in place."""
+        high, again, low, ones = self.columns.tensor_split([n * weight.shape[1] for n in (1, 2, 3)], 1)
+        high.copy_(weight)
+        again.copy_(high)
+        torch.sub(weight, high, out=low)
+        if bias is not None:
+            ones[:, 0] = bias
+            torch.sub(bias, ones[:, 0], out=ones[:, 1])
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x W^T + b, (..., D) -> (..., E), float32. Without a gradient. `out` (T, E) takes it."""
+        parts, columns = self.rows.of(x, self.biased), self.columns.t()
+        if parts.device.type != "cuda":
+            made = torch.mm(parts.float(), columns.float(), out=out)
+        elif out is None:
+            made = torch.mm(parts, columns, out_dtype=torch.float32)
+        else:
+            made = torch.mm(parts, columns, out_dtype=torch.float32, out=out)
+        return made.view(*x.shape[:-1], -1)
+
+
+class SplitHead(SplitWeight):
+    """The weight (V, D) by which logits are made, for V rounded up to W, a multiple of 8.
+
+    Words beyond V have no chance. Rows of another length would take cuBLAS four times as long. `weight` (W, D) is that
+    of float32.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, bias = weight.detach(), None
+        if more := -len(weight) % 8:
+            self.weight = torch.cat([self.weight, weight.new_zeros(more, weight.shape[1])])
+            bias = torch.cat([weight.new_zeros(len(weight)), weight.new_full((more,), NEVER)])
+        super().__init__(self.weight, bias)
+
+
+@contextmanager
+def in_tf32() -> Iterator[None]:
+    """Float32 products on CUDA round their factors to 11 bits meanwhile. Enough for a gradient, not for a ratio."""
+    settings: Any = torch.backends.cuda.matmul
+    was = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = was
