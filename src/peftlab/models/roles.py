@@ -88,7 +88,7 @@ class Roles:
         critic's values; V_t is read before token t. Each (B, keep), without logits where the head is a plain product.
         """
         activate(self.model, POLICY)
-        logprobs, entropies, states = self._read(ids, mask, keep, temperature)
+        logprobs, entropies, states = self._read(ids, mask, mask[:, -keep:], temperature)
         head = self.shared_head
         return logprobs, entropies, self.values(ids, mask, keep) if head is None else head(states)
 
@@ -96,9 +96,22 @@ class Roles:
     def reference_logprobs(self, ids: Tensor, mask: Tensor, keep: int, temperature: float = 1.0) -> Tensor:
         """The reference's log-probabilities (B, keep) of the last `keep` tokens, 0 where the mask is False."""
         activate(self.model)
-        logprobs, _, _ = self._read(ids, mask, keep, temperature)
+        logprobs, _, _ = self._read(ids, mask, mask[:, -keep:], temperature)
         activate(self.model, POLICY)
         return logprobs
+
+    def compared_logprobs(self, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities under policy and reference, both (B, T - 1), of each row's tokens but the first.
+
+        ids, counted: (B, T), padded behind. Tokens that are not counted have 0; only the policy's have a gradient.
+        """
+        everything = torch.ones_like(counted)
+        activate(self.model)
+        with torch.no_grad():
+            reference, _, _ = self._read(ids, everything, counted[:, 1:], 1.0)
+        activate(self.model, POLICY)
+        policy, _, _ = self._read(ids, everything, counted[:, 1:], 1.0)
+        return policy, reference
 
     def policy(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
         """Policy logits (B, keep, V)."""
@@ -122,9 +135,15 @@ class Roles:
         activate(self.model, POLICY)
         return logits
 
-    def _read(self, ids: Tensor, mask: Tensor, keep: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, entropies and final states for the last `keep` tokens, with the adapters that are on."""
-        tokens, counted = ids[:, -keep:], mask[:, -keep:]
+    def _read(
+        self, ids: Tensor, mask: Tensor, counted: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, entropies and final states for the last tokens, with the adapters that are on.
+
+        counted (B, keep): which of the last `keep` tokens get the first two; the others have 0.
+        """
+        keep = counted.shape[1]
+        tokens = ids[:, -keep:]
         if self.unembedding is None:
             logits, states = causal_logits_and_states(self.model, ids, mask, keep)
             found = token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
