@@ -52,7 +52,7 @@ class Roles:
         self.tokenizer = backbone.tokenizer
         self.critic = critic
         self.twin = _twin(backbone.model)
-        capture = capturable(backbone.model)
+        self.capturable = capturable(backbone.model)
         self.unembedding = unembedding(backbone.model)
         self.model: Any = attach(backbone.model, lora, POLICY, base=backbone.name)
         if start is not None:
@@ -74,7 +74,12 @@ class Roles:
         self.split_head = None
         if self.unembedding is not None and splits_pay(self.device):
             self.split_head = SplitHead(self.unembedding)
-        self.captured = CapturedStates(self.model) if capture else None
+        self.captured: CapturedStates | None = None
+
+    def capture(self) -> None:
+        """From now on passes are replayed from CUDA graphs, where that can be; they add to `.grad` by themselves."""
+        if self.capturable and self.captured is None:
+            self.captured = CapturedStates(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -106,14 +111,25 @@ class Roles:
         """Of the last `keep` tokens, the policy's log-probabilities and entropies, 0 where the mask is False, and the
         critic's values; V_t is read before token t. Each (B, keep), without logits where the head is a plain product.
         """
-        logprobs, entropies, states = self._read(ids, mask, keep, temperature, POLICY)
+        logprobs, entropies, states = self._read(ids, mask, mask[:, -keep:], temperature, POLICY)
         head = self.shared_head
         return logprobs, entropies, self.values(ids, mask, keep) if head is None else head(states)
 
     @torch.no_grad()
     def reference_logprobs(self, ids: Tensor, mask: Tensor, keep: int, temperature: float = 1.0) -> Tensor:
         """The reference's log-probabilities (B, keep) of the last `keep` tokens, 0 where the mask is False."""
-        return self._read(ids, mask, keep, temperature, None)[0]
+        return self._read(ids, mask, mask[:, -keep:], temperature, None)[0]
+
+    def compared_logprobs(self, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities under policy and reference, both (B, T - 1), of each row's tokens but the first.
+
+        ids, counted: (B, T), padded behind. Tokens that are not counted have 0; only the policy's have a gradient.
+        """
+        everything = torch.ones_like(counted)
+        with torch.no_grad():
+            reference, _, _ = self._read(ids, everything, counted[:, 1:], 1.0, None)
+        policy, _, _ = self._read(ids, everything, counted[:, 1:], 1.0, POLICY)
+        return policy, reference
 
     def policy(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
         """Policy logits (B, keep, V)."""
@@ -146,16 +162,20 @@ class Roles:
     def _states(self, ids: Tensor, mask: Tensor, keep: int, role: str | None) -> Tensor:
         """`causal_states` with the adapter `role`, or none."""
         acting = partial(self._acting, role)
-        if self.captured is None or torch.is_autocast_enabled(ids.device.type):
+        if self.captured is None:
             with acting():
                 return causal_states(self.model, ids, mask, keep)
         return self.captured(ids, mask, role, acting, self._learned.get(role, ()))[:, -keep - 1 : -1]
 
     def _read(
-        self, ids: Tensor, mask: Tensor, keep: int, temperature: float, role: str | None
+        self, ids: Tensor, mask: Tensor, counted: Tensor, temperature: float, role: str | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, entropies and final states for the last `keep` tokens, with the adapter `role` or none."""
-        tokens, counted = ids[:, -keep:], mask[:, -keep:]
+        """Log-probabilities, entropies and final states for the last tokens, with the adapter `role` or none.
+
+        counted (B, keep): which of the last `keep` tokens get the first two; the others have 0.
+        """
+        keep = counted.shape[1]
+        tokens = ids[:, -keep:]
         if self.unembedding is None:
             with self._acting(role):
                 logits, states = causal_logits_and_states(self.model, ids, mask, keep)

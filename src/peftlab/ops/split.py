@@ -104,11 +104,19 @@ class SplitHead(SplitWeight):
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight, bias = weight.detach(), None
+        self.weight, self.bias, self.version = weight.detach(), None, weight._version
         if more := -len(weight) % 8:
             self.weight = torch.cat([self.weight, weight.new_zeros(more, weight.shape[1])])
-            bias = torch.cat([weight.new_zeros(len(weight)), weight.new_full((more,), NEVER)])
-        super().__init__(self.weight, bias)
+            self.bias = torch.cat([weight.new_zeros(len(weight)), weight.new_full((more,), NEVER)])
+        super().__init__(self.weight, self.bias)
+
+    @torch.no_grad()
+    def follow(self, weight: Tensor) -> None:
+        """Take the head's values again, in place."""
+        self.version = weight._version
+        if self.bias is not None:
+            self.weight[: len(weight)] = weight
+        self.renew(self.weight, self.bias)
 
 
 @contextmanager

@@ -120,7 +120,6 @@ def plan(config: DpoConfig) -> dict[str, Any]:
     """Sizes of the job, nothing trained."""
     roles, under = _roles(config)
     rows = rows_of(load_rows(config, "train", "preferences").records, roles.tokenizer, config)
-    longest = max(max(len(row["chosen"]), len(row["rejected"])) for row in rows)
     sizes = roles.bytes_per_role()
     return {
         "base": under.base,
@@ -129,7 +128,6 @@ def plan(config: DpoConfig) -> dict[str, Any]:
         "steps": total_steps(config, len(rows)),
         "trained parameters": trained_parameters(roles.model),
         "bytes": {role: sizes[role] for role in ("base", "policy", "sampler")},
-        "bytes of one batch's logits": 2 * config.batch_size * longest * roles.model.config.vocab_size * 4,
     }
 
 

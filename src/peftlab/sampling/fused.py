@@ -40,10 +40,7 @@ class FusedStep(Protocol):
 
 
 class Products:
-    """Products with a model's weights (E, D), which may be written to, and its head (V, D), which is not.
-
-    They are taken as they lie, or in parts where that is sooner.
-    """
+    """Products with a model's weights (E, D) and its head (V, D): as they lie, or in parts where that is sooner."""
 
     def __init__(
         self, model: nn.Module, head: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
@@ -62,6 +59,8 @@ class Products:
         if self.split and self.seen != self._versions():
             for split, weight, bias in zip(self.split, self.weights, self.biases, strict=True):
                 split.renew(weight, bias)
+            if self.split_head is not None and self.head._version != self.split_head.version:
+                self.split_head.follow(self.head)
             self.seen = self._versions()
 
     def __call__(self, number: int, x: Tensor) -> Tensor:

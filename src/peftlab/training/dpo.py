@@ -1,6 +1,6 @@
 """Pairs of answers through a policy and its reference: token rows, batches, and the module that a Trainer trains.
 
-Shapes: N pairs, whose 2N answers stand chosen first, then rejected; P prompt tokens, C answer tokens.
+Shapes: N pairs, whose 2N answers stand chosen first, then rejected, each behind its prompt in a row of T tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ..errors import LabError
 from ..models.roles import Roles
 from ..ops import ranks
 from ..ops.kl import exact_kl
-from ..ops.logprobs import token_logprobs
 from ..ops.losses import dpo_loss, ipo_loss
 from ..ops.masks import masked_sum
 
@@ -43,16 +42,20 @@ def pair_length(row: PairRow) -> int:
 
 
 def collate_pairs(rows: Sequence[PairRow], pad_id: int) -> dict[str, Tensor]:
-    """prompt_ids, prompt_mask (2N, P), padded in front; completion_ids, completion_mask (2N, C), padded behind."""
-    prompts = [row["prompt"] for row in rows] * 2
-    answers = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
-    before, behind = max(map(len, prompts)), max(map(len, answers))
-    return {
-        "prompt_ids": torch.tensor([[pad_id] * (before - len(ids)) + ids for ids in prompts]),
-        "prompt_mask": torch.tensor([[False] * (before - len(ids)) + [True] * len(ids) for ids in prompts]),
-        "completion_ids": torch.tensor([ids + [pad_id] * (behind - len(ids)) for ids in answers]),
-        "completion_mask": torch.tensor([[True] * len(ids) + [False] * (behind - len(ids)) for ids in answers]),
-    }
+    """ids, completion_mask (2N, T): prompt, answer, then padding; the mask is True at the answer's tokens.
+
+    With nothing in front, a causal model needs no mask: no token sees what stands behind it. Pads in front would see
+    nothing at all, and cuDNN's attention in bfloat16 may give such a mask NaN gradients (pytorch/pytorch#196678).
+    """
+    pairs = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows]
+    length = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    ids = torch.full((len(pairs), length), pad_id)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        mask[row, len(prompt) : end] = True
+    return {"ids": ids, "completion_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -109,33 +112,19 @@ class PairPolicy(nn.Module):
         self.noting = mode
         return super().train(False)
 
-    def forward(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, ids: Tensor, completion_mask: Tensor) -> dict[str, Tensor]:
         """{"loss": mean over the pairs}. Notes what it saw, for `drain`, where that is trained on."""
-        compared = self.compare(prompt_ids, prompt_mask, completion_ids, completion_mask)
+        compared = self.compare(ids, completion_mask)
         if self.noting:
             self.noted.append(Compared(compared.changes.detach(), compared.scores.detach()))
         return {"loss": self.loss_of(compared)}
 
-    def compare(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-    ) -> Compared:
+    def compare(self, ids: Tensor, completion_mask: Tensor) -> Compared:
         """Policy against reference; the tensors are those of `collate_pairs`."""
-        policy, reference = self.logits(prompt_ids, prompt_mask, completion_ids, completion_mask)
-        ratios = token_logprobs(policy, completion_ids) - token_logprobs(reference, completion_ids)
-        changes = masked_sum(ratios, completion_mask).view(2, -1)
+        policy, reference = self.roles.compared_logprobs(ids, completion_mask)
+        changes = (policy - reference).sum(1).view(2, -1)
         lengths = completion_mask.sum(1).view(2, -1)
         return Compared(changes, changes / lengths if self.loss == "ipo" else changes)
-
-    def logits(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of policy and reference for each answer token, both (2N, C, V)."""
-        ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
-        keep = completion_ids.shape[1]
-        reference = self.roles.reference(ids, mask, keep)
-        return self.roles.policy(ids, mask, keep), reference
 
     def loss_of(self, compared: Compared) -> Tensor:
         """The mean loss of the pairs."""
@@ -189,14 +178,21 @@ class FirstPairs:
 def first_pairs(policy: PairPolicy, rows: Sequence[PairRow], pad_id: int) -> FirstPairs:
     """Measure both invariants on `rows`, in the mode that training puts the policy in.
 
-    first_kl: summed exact KL between adapters-on and adapters-off logits, the largest answer of the rows.
+    first_kl: summed exact KL between adapters-on and adapters-off logits, the largest answer of the rows. Pair by pair:
+    all logits of a batch would be gigabytes where the vocabulary is large.
     """
     policy.train()
-    batch = _on_device(policy, rows, pad_id)
-    kl = masked_sum(exact_kl(*policy.logits(**batch)), batch["completion_mask"])
+    largest = [_largest_kl(policy.roles, **_on_device(policy, [row], pad_id)) for row in rows]
     expected = 1 / (2 * policy.beta) ** 2 if policy.loss == "ipo" else math.log(2)
-    loss = float(policy.loss_of(policy.compare(**batch)))
-    return FirstPairs(float(kl.abs().max()), abs(loss / expected - 1))
+    loss = float(policy.loss_of(policy.compare(**_on_device(policy, rows, pad_id))))
+    return FirstPairs(float(torch.stack(largest).max()), abs(loss / expected - 1))
+
+
+def _largest_kl(roles: Roles, ids: Tensor, completion_mask: Tensor) -> Tensor:
+    """Exact KL of policy to reference summed over an answer, the largest of the rows."""
+    everything, keep = torch.ones_like(completion_mask), ids.shape[1] - 1
+    kl = exact_kl(roles.policy(ids, everything, keep), roles.reference(ids, everything, keep))
+    return masked_sum(kl, completion_mask[:, 1:]).abs().max()
 
 
 def _on_device(policy: PairPolicy, rows: Sequence[PairRow], pad_id: int) -> Mapping[str, Tensor]:
