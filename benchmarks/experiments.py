@@ -79,7 +79,8 @@ def summaries() -> list[Job]:
 
 def explanations() -> list[Job]:
     """Base, SFT, reward model, then PPO and RLOO by it and DPO from its pairs, on SmolLM2's explanations of reviews."""
-    answers = "data preferences --policy RUNS/sft --k 4 --batch-size 512 --dtype bfloat16"
+    # Answers that differ by less than a part of the rubric, a sixth, are near ties.
+    answers = "data preferences --policy RUNS/sft --k 8 --min-margin 0.15 --batch-size 512 --dtype bfloat16"
     held_out = "eval_data=RUNS/pairs-held-out/preferences-test.jsonl"
     pairs = f"train_data=RUNS/pairs/preferences-train.jsonl {held_out}"
     made = ("pairs", "pairs-held-out")
@@ -104,7 +105,7 @@ def explanations() -> list[Job]:
                     )
                     for how, size in sizes.items()
                 ),
-                Job(f"dpo-s{seed}", f"dpo dpo-explanations model=RUNS/sft {pairs} batch_size=16 seed={seed}", made),
+                Job(f"dpo-s{seed}", f"dpo dpo-explanations model=RUNS/sft {pairs} batch_size=32 seed={seed}", made),
                 Job(f"ppo-rubric-s{seed}", f"ppo ppo-explanations {steps} {sizes['ppo']} seed={seed}", ("sft",)),
             )
         ),

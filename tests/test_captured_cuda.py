@@ -1,0 +1,107 @@
+"""Passes replayed from CUDA graphs say and learn what the same passes do kernel by kernel. Skipped without CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from peftlab.models.adapters import Lora
+from peftlab.models.backbone import Backbone
+from peftlab.models.captured import KINDS, bucket
+from peftlab.models.roles import Roles
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SHAPES = [(3, 9, 4), (8, 16, 8), (5, 20, 11), (3, 9, 4)]  # rows, tokens, tokens of the completion
+
+
+def roles_on_cuda(tiny_causal, architecture: str, critic: str) -> Roles:
+    model, tokenizer = tiny_causal(architecture)
+    roles = Roles(Backbone("tiny", model.to("cuda"), tokenizer, ""), Lora(r=3, alpha=8), critic)
+    torch.manual_seed(0)
+    for parameter in (roles.policy_parameters() | roles.critic_parameters()).values():
+        nn.init.normal_(parameter, std=0.1)
+    return roles
+
+
+def batch(rows: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded in front, completions behind."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 40, (rows, tokens), generator=generator)
+    mask = torch.ones(rows, tokens, dtype=torch.bool)
+    for row in range(rows):
+        mask[row, : row % 3] = False
+        if row % 2:
+            mask[row, -1:] = False
+    return ids.cuda(), mask.cuda()
+
+
+def read(roles: Roles, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> list[torch.Tensor]:
+    """What a minibatch reads, and the gradients it gets, those that were there before included."""
+    learned = [*roles.policy_parameters().values(), *roles.critic_parameters().values()]
+    logprobs, entropies, values = roles.policy_tokens(ids, mask, keep, 0.7)
+    (logprobs.sum() + values.square().sum()).backward()
+    reference = roles.reference_logprobs(ids, mask, keep, 0.7)
+    return [
+        logprobs.detach(),
+        entropies,
+        values.detach(),
+        reference,
+        *(parameter.grad.clone() for parameter in learned),
+    ]
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_replayed_passes_say_and_learn_what_plain_ones_do(tiny_causal, architecture, critic):
+    roles = roles_on_cuda(tiny_causal, architecture, critic)
+    learned = [*roles.policy_parameters().values(), *roles.critic_parameters().values()]
+    plain = [read(roles, *batch(rows, tokens, seed), keep) for seed in range(4) for rows, tokens, keep in SHAPES]
+    for parameter in learned:
+        parameter.grad = None
+    roles.capture()
+    replayed = [read(roles, *batch(rows, tokens, seed), keep) for seed in range(4) for rows, tokens, keep in SHAPES]
+    assert roles.captured is not None
+    assert all(one.graphs for one in roles.captured.passes.values())
+    for ours, theirs in zip(replayed, plain, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one - other).norm() <= 2e-3 * other.norm() + 1e-5
+
+
+def test_weights_that_move_are_those_of_the_next_replay(tiny_causal):
+    roles = roles_on_cuda(tiny_causal, "llama", "none")
+    roles.capture()
+    ids, mask = batch(3, 9, 0)
+    with torch.no_grad():
+        seen = [roles.policy_tokens(ids, mask, 4)[0].clone() for _ in range(3)]
+        torch.testing.assert_close(seen[1], seen[2], rtol=0, atol=0)
+        for parameter in roles.policy_parameters().values():
+            parameter.mul_(2)
+        moved = roles.policy_tokens(ids, mask, 4)[0].clone()
+    roles.captured = None
+    with torch.no_grad():
+        torch.testing.assert_close(moved, roles.policy_tokens(ids, mask, 4)[0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(moved, seen[2], atol=1e-3)
+
+
+def test_a_backward_behind_another_pass_of_its_role_is_refused(tiny_causal):
+    roles = roles_on_cuda(tiny_causal, "gpt2", "none")
+    roles.capture()
+    ids, mask = batch(3, 9, 0)
+    for _ in range(2):
+        roles.policy_tokens(ids, mask, 4)[0].sum().backward()
+    first = roles.policy_tokens(ids, mask, 4)[0].sum()
+    roles.policy_tokens(ids, mask, 4)[0].sum().backward()
+    with pytest.raises(RuntimeError, match="another pass of this role"):
+        first.backward()
+
+
+def test_kinds_are_forgotten_beyond_their_number(tiny_causal):
+    roles = roles_on_cuda(tiny_causal, "gpt2", "none")
+    roles.capture()
+    for rows in (8 * (1 + i) for i in range(KINDS + 2)):
+        ids, mask = batch(rows, 9, 0)
+        for _ in range(2):
+            roles.reference_logprobs(ids, mask, 4)
+    assert roles.captured is not None and len(roles.captured.passes) == 2
+    assert bucket(3, 9) == (8, 16) and bucket(8, 130) == (8, 160)
