@@ -34,9 +34,16 @@ def runs_list(as_json: Json = False) -> None:
 
     columns = ("run", "recipe", "status", "started", "reason")
     rows = [{name: s.get(name) for name in columns} | {"seconds": s["time"]["wall_s"]} for s in list_runs(RUNS)]
-    if not as_json:
-        rows = [row | {"reason": short(row["reason"])} for row in rows]
-    print_rows(rows, as_json)
+    if as_json:
+        print_rows(rows, True)
+        return
+    shown = [
+        {name: row[name] for name in ("run", "recipe", "status")}
+        | {"seconds": None if row["seconds"] is None else round(row["seconds"])}
+        | {"started (UTC)": str(row["started"])[:16].replace("T", " ") or None, "reason": short(row["reason"])}
+        for row in rows
+    ]
+    print_rows(shown, False, may_go=("started (UTC)", "seconds"))
 
 
 @runs_app.command("diff", epilog=examples("peftlab runs diff sft-tiny ppo-tiny"))
