@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, TextIO
 
+from .launched import rank
 from .panel import Panel
-from .ranks import rank
 from .sanitize import sanitize
 
 EVERY_S = 10.0
