@@ -82,6 +82,7 @@ def serve(names: Sequence[str], options: ServeOptions) -> None:
             listener.port,
             [api_router(api), page_router(api, preferences)],
             Programs(key, anywhere=not listener.local),
+            listener.name,
         )
         for line in shelf.report(speakers, scorers):
             print(line)
