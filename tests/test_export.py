@@ -27,12 +27,14 @@ from transformers import (
 
 from peftlab.errors import LabError, UserError
 from peftlab.models import export as writing
-from peftlab.models.adapters import LoraVariants, Stack, attach, load_stack, read_stack, save_adapter, stack_over
+from peftlab.models.adapter_files import load_stack, save_adapter
+from peftlab.models.adapters import LoraVariants, attach
 from peftlab.models.backbone import load_backbone
 from peftlab.models.classifier import TextClassifier
 from peftlab.models.heads import ScalarHead
 from peftlab.models.reward_model import RewardModel, RewardNet
 from peftlab.models.reward_scale import Scale
+from peftlab.models.stacks import Stack, read_stack, stack_over
 from peftlab.recipes import export as recipe
 from peftlab.recipes import export_card
 from peftlab.recipes.export import export

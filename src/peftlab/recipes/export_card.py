@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.adapters import Stack
 from ..models.catalog import Entry, resolve
+from ..models.stacks import Stack
 from ..report.read import RunFiles, as_number
 from ..runs.metrics import METRICS, healthy_text
 from ..runs.sanitize import sanitize

@@ -15,10 +15,11 @@ from ..data.sources import load_records
 from ..data.tokenize import encode
 from ..errors import Interrupted, LabError, UserError
 from ..evaluation.policy import Measure
-from ..models.adapters import Stack, kind_of, load_stack, save_adapter, stack_over
+from ..models.adapter_files import load_stack, save_adapter
 from ..models.backbone import Backbone, pick_device
 from ..models.catalog import resolve
 from ..models.roles import POLICY, Roles
+from ..models.stacks import Stack, kind_of, stack_over
 from ..ops import ranks
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of, terms

@@ -20,11 +20,12 @@ from typing import Any
 from ..chat.voices import Cast
 from ..data.records import Message, Prompt
 from ..errors import Interrupted, UserError
-from ..models.adapters import kind_of, load_stack
+from ..models.adapter_files import load_stack
 from ..models.backbone import parameter_bytes
 from ..models.mix import Mixer
 from ..models.per_row import PerRow
 from ..models.personas import persona_files
+from ..models.stacks import kind_of
 from ..rewards.spec import reward_of, terms
 from ..sampling.continuous import Batch
 from ..sampling.sampler import Decoding, Sampler
