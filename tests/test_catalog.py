@@ -115,7 +115,7 @@ def test_listing_pulls_nothing(bundled, tmp_path):
         ("sft-tiny", "did you mean runs/sft-tiny"),
         ("critc", "did you mean the persona critic .*--persona critic"),
         ("critic", "did you mean the persona critic"),
-        ("someone/critic", "the Hub did not give it .*offline, use"),
+        ("someone/critic", "the Hub did not give it .*Offline, use"),
         ("", "no such folder"),
         ("a\0b", "no such folder"),
         ("a" * 5000, "the Hub did not give it"),

@@ -165,9 +165,10 @@ def _from_hub(name: str) -> Entry:
     try:
         path = Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # unreachable, offline, unknown, gated: huggingface_hub has a class for each
+        hint = _hint(name)
         raise UserError(
-            f"model {name}: not known here, and the Hub did not give it ({type(error).__name__}); "
-            + (_hint(name) or f"offline, use {OFFLINE}")
+            f"model {name}: not known here, and the Hub did not give it ({type(error).__name__})"
+            + (f"; {hint}" if hint else f". Offline, use {OFFLINE}")
         ) from None
     return _folder(name, path, "see its model card", "hub")
 
