@@ -37,13 +37,15 @@ from safetensors.torch import load_file, save, save_file
 from transformers.utils import logging
 
 from peftlab.errors import PeftlabError
-from peftlab.models import adapters
-from peftlab.models.adapters import Lora, Stack, attach, attach_decoder_prefix, save_adapter
+from peftlab.models import adapter_files
+from peftlab.models.adapter_files import save_adapter
+from peftlab.models.adapters import Lora, adapter_parameters, attach, attach_decoder_prefix
 from peftlab.models.backbone import Backbone, load_backbone
 from peftlab.models.classifier import TextClassifier
 from peftlab.models.prefix import attach_prefix, prefix_shapes
 from peftlab.models.reward_model import RewardModel, RewardNet
 from peftlab.models.reward_scale import Scale
+from peftlab.models.stacks import Stack
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import tiny
@@ -67,7 +69,7 @@ class Bench:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.bases: dict[tuple[Any, ...], Backbone] = {}
-        adapters.load_backbone = self.base  # each load stands on a copy of what was read once
+        adapter_files.load_backbone = self.base  # each load stands on a copy of what was read once
         for folder in (tiny.causal_folder, tiny.encoder_folder, tiny.seq2seq_folder):
             for seed in (0, 1):
                 folder(home / f"{folder.__name__.split('_')[0]}-{seed}", seed)
@@ -84,7 +86,7 @@ class Bench:
 
     def _filled(self, model: Any, name: str) -> Any:
         """With an adapter that says something."""
-        for parameter in adapters.adapter_parameters(model, name).values():
+        for parameter in adapter_parameters(model, name).values():
             torch.nn.init.normal_(parameter, std=0.1)
         return model
 
@@ -143,7 +145,7 @@ class Bench:
             return TextClassifier.load(name, "cpu").logits(TEXTS)
         if kind == "reward":
             return RewardModel.load(name, "cpu").scores(TEXTS, TEXTS[::-1])
-        backbone, _ = adapters.load_stack(name, device="cpu")
+        backbone, _ = adapter_files.load_stack(name, device="cpu")
         labels = {"decoder_input_ids": IDS} if "prefix" in kind else {}
         logits: torch.Tensor = backbone.model(input_ids=IDS, **labels).logits
         return logits

@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 
 from peftlab.chat.voices import Cast
-from peftlab.models.adapters import Lora, Stack, attach, load_stack, save_adapter
+from peftlab.models.adapter_files import load_stack, save_adapter
+from peftlab.models.adapters import Lora, attach
 from peftlab.models.backbone import load_backbone
+from peftlab.models.stacks import Stack
 from peftlab.sampling.sampler import Decoding, Sampler
 
 TOKENS = 32

@@ -34,7 +34,7 @@ from work import SAMPLES, Job, peak_bytes, prompt_of
 
 from peftlab.recipes.several import joined
 from peftlab.rl.rollout import PromptBatch
-from peftlab.runs.ranks import rank
+from peftlab.runs.launched import rank
 
 MODELS = {"cpu": ["tiny-gpt2"], "cuda": ["tiny-gpt2", "gpt2-arch"]}
 

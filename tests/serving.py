@@ -13,8 +13,10 @@ from typing import Any
 import openai
 import torch
 
-from peftlab.models.adapters import PolicyLora, Stack, adapter_parameters, attach, save_adapter
+from peftlab.models.adapter_files import save_adapter
+from peftlab.models.adapters import PolicyLora, adapter_parameters, attach
 from peftlab.models.backbone import load_backbone
+from peftlab.models.stacks import Stack
 from peftlab.recipes.served_preferences import Preferences
 from peftlab.web.api import Api, api_router
 from peftlab.web.app import Programs, create_app

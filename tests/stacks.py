@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from peftlab.models.adapters import Lora, LoraVariants, Stack, attach, load_stack, save_adapter
+from peftlab.models.adapter_files import load_stack, save_adapter
+from peftlab.models.adapters import Lora, LoraVariants, attach
 from peftlab.models.backbone import load_backbone
+from peftlab.models.stacks import Stack
 
 KINDS = {
     "plain": Lora(r=4, alpha=8), "other": Lora(r=2, alpha=6, targets=["c_attn"]), "above": Lora(r=3, alpha=3),

@@ -29,7 +29,7 @@ def fuzz() -> Any:
 @pytest.fixture(scope="module")
 def bench(fuzz, tmp_path_factory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuzz.adapters, "load_backbone", fuzz.adapters.load_backbone)  # put back afterwards
+        patch.setattr(fuzz.adapter_files, "load_backbone", fuzz.adapter_files.load_backbone)  # put back afterwards
         yield fuzz.Bench(tmp_path_factory.mktemp("fuzz"))
 
 

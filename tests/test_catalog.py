@@ -111,6 +111,11 @@ def test_listing_pulls_nothing(bundled, tmp_path):
         ("someone/smollm2-135m", "the Hub did not give it"),
         ("../bundled", "no such folder"),
         ("runs/none", "no such folder; known offline"),
+        ("runs/sft-tny", "no such folder; did you mean runs/sft-tiny"),
+        ("sft-tiny", "did you mean runs/sft-tiny"),
+        ("critc", "did you mean the persona critic .*--persona critic"),
+        ("critic", "did you mean the persona critic"),
+        ("someone/critic", "the Hub did not give it .*Offline, use"),
         ("", "no such folder"),
         ("a\0b", "no such folder"),
         ("a" * 5000, "the Hub did not give it"),
@@ -118,6 +123,7 @@ def test_listing_pulls_nothing(bundled, tmp_path):
     ],
 )
 def test_an_unknown_name_is_one_message(name, message, bundled, tmp_path, monkeypatch):
+    (tmp_path / "bundled" / "runs" / "sft-tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "bundled")
     with pytest.raises(UserError, match=message) as caught:
         resolve(name if name != "../bundled" else "../none")

@@ -416,7 +416,7 @@ def test_what_is_saved_is_trained_on_and_read_back(session, tmp_path, monkeypatc
     assert peftlab("data check talk.jsonl --for sft").code == 0
     session.clear()
     session.system = ""
-    assert "(talk.jsonl: 4 turns)" in typed(session, "/load talk.jsonl")
+    assert "(talk.jsonl: 2 exchanges)" in typed(session, "/load talk.jsonl")
     assert session.system == "be kind" and session.turns == list(row.messages[1:])
     "".join(session.reply("good"))
     assert len(session.turns) == 6
@@ -427,7 +427,7 @@ def test_a_file_that_is_there_is_not_written_over(session, tmp_path, monkeypatch
     monkeypatch.setattr(session, "_stream", Mouth("ok"))
     Path("mine.jsonl").write_text("{}")
     shown = typed(session, "/save a.jsonl", "hi", "/save a.jsonl", "/undo", "more", "/save a.jsonl", "/save mine.jsonl")
-    assert "no reply yet" in shown and shown.count("(a.jsonl: 1 exchanges)") == 2
+    assert "no reply yet" in shown and shown.count("(a.jsonl: 1 exchange)") == 2
     assert "mine.jsonl: is there already" in shown and Path("mine.jsonl").read_text() == "{}"
     for bad in ("none.jsonl", "a.txt", "mine.jsonl"):
         assert "(" in typed(session, f"/load {bad}") and session.turns

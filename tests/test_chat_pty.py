@@ -129,10 +129,10 @@ def test_every_command_is_typed_at_a_terminal(tmp_path):
         it.type("/score off\r", "(no score")
         it.type("/system be kind\r", "begins with it")
         it.type("/undo\r", "(taken back: the plot)")
-        it.type("/save talk.jsonl\r", "exchanges")
+        it.type("/save talk.jsonl\r", "exchange")
         it.type("/clear\r", "(a new conversation)")
         assert "(nothing yet)" in it.type("/history\r", "(nothing yet)")
-        it.type("/load talk.jsonl\r", "turns)")
+        it.type("/load talk.jsonl\r", "exchange")
         status = it.type("/status\r", "score ")
         assert "system     be kind" in status and "of 96 tokens" in status and "above" in status
         it.type("/nonsense\r", "unknown command /nonsense")
@@ -166,9 +166,9 @@ def test_thirty_turns_at_a_terminal_run_over_the_context_of_a_real_model(tmp_pat
         assert told >= 1  # once for each voice that fills it
         assert "tiny-enthusiast" in it.type("/compare tiny-enthusiast tiny-critic\r", "tiny-critic ")
         status = it.type("/status\r", "score ")
-        turns, dropped = map(int, re.search(r"turns +(\d+), (\d+) of them dropped", status).groups())
+        exchanges, dropped = map(int, re.search(r"exchanges +(\d+), (\d+) of them dropped", status).groups())
         used = int(re.search(r"context +(\d+) of 512 tokens; 12 kept", status)[1])
-        assert turns == 60 and 0 < dropped < 60 and used <= 512
+        assert exchanges == 30 and 0 < dropped < 30 and used <= 512
         assert "Scene 1 of" in it.type("/history\r", "user: Scene 30")
         os.write(it.end, b"/quit\r")
         assert it.program.wait(60) == 0

@@ -13,8 +13,10 @@ from peftlab.chat.session import Session, default_decoding
 from peftlab.chat.terminal import Terminal
 from peftlab.chat.voices import Cast
 from peftlab.data.records import Message
-from peftlab.models.adapters import Lora, Stack, attach, save_adapter
+from peftlab.models.adapter_files import save_adapter
+from peftlab.models.adapters import Lora, attach
 from peftlab.models.backbone import load_backbone
+from peftlab.models.stacks import Stack
 
 ASKED = [Message("user", "This film is")]
 

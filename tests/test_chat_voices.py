@@ -20,7 +20,7 @@ from peftlab.chat.voices import Cast, weights_of
 from peftlab.data.records import Message
 from peftlab.data.tokenize import PLAIN_CHAT
 from peftlab.errors import UserError
-from peftlab.models.adapters import load_stack
+from peftlab.models.adapter_files import load_stack
 from peftlab.models.backbone import load_backbone
 from peftlab.models.classifier import TextClassifier
 from peftlab.models.mix import Mixer

@@ -335,6 +335,22 @@ def test_tables_are_readable_whatever_is_in_them():
     assert out.getvalue().splitlines() == ["name    value", "a       -", "longer  1.235"]
 
 
+def test_a_table_too_wide_leaves_out_what_may_go_until_its_last_column_has_half_the_terminal(monkeypatch):
+    row = {"run": "r" * 20, "when": "w" * 15, "seconds": "s" * 10, "reason": "the file has no such rows " * 2}
+
+    def shown(width: int, out: io.StringIO) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(width))
+        with contextlib.redirect_stdout(out):
+            print_rows([row], False, may_go=("when", "seconds"))
+        return out.getvalue().splitlines()
+
+    heads = {width: shown(width, Screen())[0].split() for width in (40, 60, 80, 101, 102, 120)}
+    whole = (heads[102], heads[120], shown(40, io.StringIO())[0].split())
+    assert heads[40] == heads[60] == ["run", "reason"] and heads[80] == heads[101] == ["run", "seconds", "reason"]
+    assert all(head == list(row) for head in whole), "whole where it has its half, or in a pipe"
+    assert max(map(len, shown(80, Screen()))) <= 80
+
+
 class Screen(io.StringIO):
     """A terminal that takes what it is given."""
 

@@ -12,9 +12,11 @@ import tiny
 import torch
 
 from peftlab.errors import Interrupted, UserError
-from peftlab.models.adapters import PolicyLora, load_stack, stack_over
+from peftlab.models.adapter_files import load_stack
+from peftlab.models.adapters import PolicyLora
 from peftlab.models.reward_model import RewardModel, critic_start
 from peftlab.models.roles import Roles
+from peftlab.models.stacks import stack_over
 from peftlab.recipes import ppo
 from peftlab.recipes.launch import dry_run, launch
 from peftlab.runs.atomic import read_rows

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from peftlab.config import load_config, shipped_configs
 from peftlab.errors import Interrupted, LabError, UserError
-from peftlab.models.adapters import Lora, load_stack
+from peftlab.models.adapter_files import load_stack
+from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone
 from peftlab.models.roles import Roles
 from peftlab.ops.losses import dpo_loss, ipo_loss

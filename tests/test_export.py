@@ -27,12 +27,14 @@ from transformers import (
 
 from peftlab.errors import LabError, UserError
 from peftlab.models import export as writing
-from peftlab.models.adapters import LoraVariants, Stack, attach, load_stack, save_adapter, stack_over
+from peftlab.models.adapter_files import load_stack, save_adapter
+from peftlab.models.adapters import LoraVariants, attach
 from peftlab.models.backbone import load_backbone
 from peftlab.models.classifier import TextClassifier
 from peftlab.models.heads import ScalarHead
 from peftlab.models.reward_model import RewardModel, RewardNet
 from peftlab.models.reward_scale import Scale
+from peftlab.models.stacks import Stack, read_stack, stack_over
 from peftlab.recipes import export as recipe
 from peftlab.recipes import export_card
 from peftlab.recipes.export import export
@@ -301,6 +303,8 @@ def test_the_card_is_valid_and_tells_of_the_run(run, out):
     assert "`imdb:train` | 9000" in text and 'reward = "imdb-sentiment + 0.5*rubric:length"' in text
     assert "## Limits" in text and "## Licence" in text and str(run.parent.parent) not in text
     assert set(re.findall(r"^## (.+)", text, re.M)) >= {"Load it", "Data", "Figures", "Config"}
+    base = Path(read_stack(run / "adapter").base).name
+    assert f"AutoModelForCausalLM.from_pretrained('{base}')" in text and f"Base: `{base}`, " in text
 
 
 def test_the_card_tells_no_folder_of_this_disk():

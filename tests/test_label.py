@@ -381,6 +381,20 @@ def test_another_host_is_refused_with_the_token_too(tab, host):
     assert "answers to" in told(tab.client.get("/label/state", headers={"Host": host}), 403)
 
 
+@pytest.mark.parametrize(
+    ("port", "host", "right", "wrong"),
+    [
+        (80, "127.0.0.1", ["127.0.0.1", "localhost", "[::1]", "localhost:80"], ["evil.example", "127.0.0.1:81"]),
+        (4321, "127.0.0.2", ["127.0.0.2:4321", "127.0.0.1:4321", "LOCALHOST:4321"], ["127.0.0.3:4321", "127.0.0.2"]),
+    ],
+)
+def test_this_host_is_known_by_each_name_that_it_has(port, host, right, wrong):
+    """A client leaves out HTTP's own port; another address of this machine may be listened to."""
+    client = TestClient(create_app(TOKEN, port, [], host=host), headers={"Authorization": f"Bearer {TOKEN}"})
+    found = {name: client.get("/static/label.js", headers={"Host": name}).status_code for name in right + wrong}
+    assert found == dict.fromkeys(right, 200) | dict.fromkeys(wrong, 403)
+
+
 def test_the_token_of_the_url_becomes_a_cookie(tab):
     reply = tab.stranger.get(f"/label?token={TOKEN}")
     assert reply.status_code == 303 and reply.headers["location"] == "/label"

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny import causal, one_thread, seq2seq, seq2seq_folder
 
 from peftlab.errors import UserError
-from peftlab.models.adapters import Stack, attach_decoder_prefix, load_adapter, load_stack, save_adapter
+from peftlab.models.adapter_files import load_adapter, load_stack, save_adapter
+from peftlab.models.adapters import attach_decoder_prefix
 from peftlab.models.backbone import fingerprint
 from peftlab.models.prefix import attach_prefix, attentions, own_prefix, prefix_shapes, word_states
+from peftlab.models.stacks import Stack
 from peftlab.runs.checkpoint import write_manifest
 
 LENGTH = 5

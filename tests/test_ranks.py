@@ -34,11 +34,11 @@ from peftlab.recipes.common import note_data, note_model
 from peftlab.recipes.launch import launch
 from peftlab.recipes.several import joined, require_same_job
 from peftlab.rl.control import FixedKL
+from peftlab.rl.gather import gathered, require_same_weights
 from peftlab.rl.ppo import PPOSettings, PPOTrainer
-from peftlab.rl.ranks import gathered, require_same_weights
 from peftlab.rl.rollout import PromptBatch
 from peftlab.runs.atomic import read_rows
-from peftlab.runs.ranks import PeersLost
+from peftlab.runs.launched import PeersLost
 from peftlab.runs.rundir import RunDir
 from peftlab.runs.signals import StopSignals
 from peftlab.sampling.sampler import Decoding, Sampler

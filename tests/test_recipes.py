@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from peftlab.errors import UserError
-from peftlab.models.adapters import adapter_parameters, load_stack
+from peftlab.models.adapter_files import load_stack
+from peftlab.models.adapters import adapter_parameters
 from peftlab.models.classifier import TextClassifier
 from peftlab.models.roles import Roles
 from peftlab.recipes import RECIPES, classify, ppo, sft

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftlab.errors import UserError
-from peftlab.models.adapters import Lora, Stack, adapter_parameters, attach, load_stack, save_adapter, stack_over
+from peftlab.models.adapter_files import load_stack, save_adapter
+from peftlab.models.adapters import Lora, adapter_parameters, attach
 from peftlab.models.backbone import load_backbone
 from peftlab.models.heads import ScalarHead, reward_head
 from peftlab.models.reward_model import RewardModel, RewardNet
 from peftlab.models.reward_scale import Scale
+from peftlab.models.stacks import Stack, stack_over
 from peftlab.ops.losses import bradley_terry_loss
 from peftlab.rewards.learned import learned
 from peftlab.rewards.parts import Reward, RewardPart

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from peftlab.data.records import Prompt
 from peftlab.errors import UserError
-from peftlab.models.adapters import Lora, Stack, load_stack, stack_over
+from peftlab.models.adapter_files import load_stack
+from peftlab.models.adapters import Lora
 from peftlab.models.backbone import load_backbone
 from peftlab.models.reward_model import RewardModel, RewardNet
 from peftlab.models.roles import Roles
+from peftlab.models.stacks import Stack, stack_over
 from peftlab.rewards.spec import Term, reward_of, terms
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,8 @@ from commands import peftlab
 from serving import Server, adapter
 
 from peftlab.data.check import check_file
-from peftlab.models.adapters import LoraVariants, load_stack
+from peftlab.models.adapter_files import load_stack
+from peftlab.models.adapters import LoraVariants
 from peftlab.models.backbone import causal_logits
 from peftlab.recipes.serve import Shelf
 from peftlab.sampling.sampler import Decoding, Sampler

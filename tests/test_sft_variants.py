@@ -15,7 +15,7 @@ from peftlab.data.explanations import answer_of
 from peftlab.data.records import Conversation, Message
 from peftlab.data.tokenize import IGNORED
 from peftlab.errors import UserError
-from peftlab.models.adapters import load_stack
+from peftlab.models.adapter_files import load_stack
 from peftlab.models.classifier import TextClassifier, encode
 from peftlab.recipes import classify, sft
 from peftlab.recipes.launch import launch

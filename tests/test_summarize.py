@@ -19,7 +19,7 @@ from peftlab.data.records import SummaryPair
 from peftlab.data.tokenize import IGNORED
 from peftlab.errors import Interrupted, UserError
 from peftlab.evaluation.summaries import MOST, SummaryFormat, leads, score_summaries, summarize
-from peftlab.models.adapters import load_stack
+from peftlab.models.adapter_files import load_stack
 from peftlab.models.catalog import resolve
 from peftlab.recipes.evaluate import evaluate
 from peftlab.recipes.launch import dry_run, launch

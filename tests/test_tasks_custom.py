@@ -16,7 +16,7 @@ from task_jobs import go, keys, means
 
 from peftlab.config import load_config
 from peftlab.errors import UserError
-from peftlab.models.adapters import load_stack
+from peftlab.models.adapter_files import load_stack
 from peftlab.recipes import load
 from peftlab.recipes.launch import dry_run, launch
 from peftlab.runs.atomic import read_rows

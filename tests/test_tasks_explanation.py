@@ -8,7 +8,7 @@ from task_jobs import go, keys, means
 
 from peftlab.data.explanations import prompt_of
 from peftlab.errors import UserError
-from peftlab.models.adapters import load_stack
+from peftlab.models.adapter_files import load_stack
 from peftlab.recipes.launch import launch
 from peftlab.runs.atomic import read_rows
 

@@ -13,7 +13,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "load_model": "models.adapters:load_stack",
+    "load_model": "models.adapter_files:load_stack",
     "load_backbone": "models.backbone:load_backbone",
     "Lora": "models.adapters:Lora",
     "Roles": "models.roles:Roles",

@@ -9,6 +9,7 @@ from typing import Any
 from ..data.records import Message
 from ..errors import UserError
 from ..sampling.sampler import Decoding, Sampler
+from ..sampling.spelling import Spelling
 from .voices import Voice
 
 # A model with a chat template is asked for facts and tasks: the card of SmolLM2-135M-Instruct samples at these values,
@@ -135,18 +136,12 @@ class Session:
         self.voice.act()
         ids, mask = self.sampler.pad([prompt])
         self.seed += 1
-        tokens: list[int] = []
-        shown = ""
+        spelling = Spelling(self.sampler.text)
         for token, _ in self.sampler.decode(ids, mask, [self.seed], self.acting):
-            tokens.append(int(token))
-            text = self.sampler.text(tokens)
-            # A character of several tokens decodes to U+FFFD until it is whole.
-            if text.startswith(shown) and not text.endswith("\ufffd") and len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
-        rest = self.sampler.text(tokens)
-        if rest.startswith(shown) and len(rest) > len(shown):
-            yield rest[len(shown) :]
+            if piece := spelling.add(int(token)):
+                yield piece
+        if rest := spelling.rest():
+            yield rest
 
 
 def transcript(turns: Sequence[Message], width: int = 72) -> list[str]:

@@ -32,6 +32,11 @@ def told(decoding: Decoding) -> str:
     return "  ".join(f"{key}={getattr(decoding, key):g}" for key in SETTINGS)
 
 
+def exchanges(turns: int) -> str:
+    """So many turns as what a person counts: a turn of theirs and its reply are one exchange."""
+    return f"{turns // 2} exchange{'' if turns // 2 == 1 else 's'}"
+
+
 HELP = f"""\
 /help                  this list
 /adapter NAME          let an adapter or a model answer (off: the bare base)
@@ -272,14 +277,14 @@ class Terminal:
         left = saved.save(path, self.session.system, self.session.turns)
         self._written = path
         without = f", without {left} of no text" if left else ""
-        self.screen.note(f"({name}: {len(self.session.turns) // 2 - left} exchanges{without})")
+        self.screen.note(f"({name}: {exchanges(len(self.session.turns) - 2 * left)}{without})")
 
     def load(self, name: str) -> None:
         system, turns, rows = saved.load(Path(name))
         self.session.clear()
         self.session.system, self.session.turns = system, turns
         more = f", the first of {rows} rows" if rows > 1 else ""
-        self.screen.note(f"({name}: {len(turns)} turns{more})")
+        self.screen.note(f"({name}: {exchanges(len(turns))}{more})")
 
     def status(self, _: str) -> None:
         session, voice, kept = self.session, self.session.voice, self.session.acting.max_new_tokens
@@ -292,7 +297,7 @@ class Terminal:
             "device": str(session.sampler.device),
             "decoding": told(session.decoding),
             "system": session.system or "none",
-            "turns": f"{len(session.turns)}, {session.dropped} of them dropped",
+            "exchanges": f"{len(session.turns) // 2}, {session.dropped // 2} of them dropped",
             "context": f"{session.used} of {session.context} tokens; {kept} kept for a reply",
             "score": self._reward().spec if self.scoring else "off",
         }

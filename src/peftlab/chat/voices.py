@@ -10,10 +10,10 @@ from typing import Any
 
 from ..data.records import Message
 from ..errors import UserError
-from ..models.adapters import read_stack
 from ..models.catalog import resolve
 from ..models.mix import Mixer, check_member
 from ..models.personas import TEXT, Persona, load_persona, mix_weights, persona_files
+from ..models.stacks import read_stack
 from ..sampling.sampler import Sampler
 
 OFF = "off"

@@ -27,7 +27,7 @@ for _group in (training, data, use, chat, serve, runs):  # the order of `peftlab
 def _several(context: typer.Context) -> None:
     """A verb that trains may be launched in several processes; of any other each would do the same."""
     from ..recipes import RECIPES
-    from ..runs.ranks import world_size
+    from ..runs.launched import world_size
 
     verb = context.invoked_subcommand
     if world_size() > 1 and verb not in RECIPES:
@@ -56,8 +56,8 @@ def main() -> None:
 
 
 def _fail(message: object, code: int) -> None:
+    from ..runs.launched import PeersLost, rank
     from ..runs.progress import complain
-    from ..runs.ranks import PeersLost, rank
 
     if not (rank() and isinstance(message, Interrupted)):  # all stop together, and the first one says how to go on
         complain(f"peftlab: {message}", lost=isinstance(message, PeersLost))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,11 +32,24 @@ def runs_list(as_json: Json = False) -> None:
     """List the runs below runs/ and how they ended."""
     from ..runs.rundir import list_runs
 
-    columns = ("run", "recipe", "status", "started", "reason")
-    rows = [{name: s.get(name) for name in columns} | {"seconds": s["time"]["wall_s"]} for s in list_runs(RUNS)]
+    rows = [
+        {name: run[name] for name in ("run", "recipe", "status")}
+        | {"seconds": run["time"]["wall_s"], "started": run.get("started"), "reason": run.get("reason")}
+        for run in list_runs(RUNS)
+    ]
     if not as_json:
-        rows = [row | {"reason": short(row["reason"])} for row in rows]
-    print_rows(rows, as_json)
+        rows = [row | _told(row) for row in rows]
+    print_rows(rows, as_json, may_go=("started", "seconds"))
+
+
+def _told(row: dict[str, Any]) -> dict[str, str | int | None]:
+    """What a person reads of a run in a line: whole seconds, the minute it began in (UTC), the reason's first line."""
+    seconds, started = row["seconds"], str(row["started"] or "")[:16].replace("T", " ")
+    return {
+        "seconds": None if seconds is None else round(seconds),
+        "started": f"{started}Z" if started else None,
+        "reason": short(row["reason"]),
+    }
 
 
 @runs_app.command("diff", epilog=examples("peftlab runs diff sft-tiny ppo-tiny"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..runs.progress import folded
+from ..runs.progress import folded, overflows
 from ..runs.sanitize import sanitize
 
 RUNS = Path("runs")
@@ -63,11 +64,11 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
           f"{RUNS / summary['run'] / 'report.html'}")
 
 
-def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+def print_rows(rows: list[dict[str, Any]], as_json: bool, may_go: Sequence[str] = ()) -> None:
     """A plain table whose columns are as wide as their widest cell; readable when piped.
 
     On a terminal too narrow for it a line is broken at words, and goes on below its last column if that begins in the
-    terminal's left half, else two columns in.
+    terminal's left half, else two columns in. For that to be so, columns of `may_go` are left out, in their order.
     """
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -77,9 +78,13 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     table = [list(rows[0]), *[[cell(value) for value in row.values()] for row in rows]]
     widths = [max(len(line[i]) for line in table) for i in range(len(rows[0]))]
+    last = sum(widths[:-1]) + 2 * len(widths) - 2
+    if may_go and overflows(last + widths[-1], sys.stdout) and overflows(2 * last, sys.stdout):
+        print_rows([{name: row[name] for name in row if name != may_go[0]} for row in rows], False, may_go[1:])
+        return
     for line in table:
         text = "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        print(folded(text, sys.stdout, sum(widths[:-1]) + 2 * len(widths) - 2))
+        print(folded(text, sys.stdout, last))
 
 
 def short(reason: str | None, most: int = 60) -> str | None:

@@ -41,7 +41,7 @@ def _training_verb(verb: str, summary: str, *commands: str) -> None:
         _begin(quiet)
         from ..recipes.launch import dry_run as show
         from ..recipes.launch import launch
-        from ..runs.ranks import rank
+        from ..runs.launched import rank
 
         pairs = list(overrides or [])
         if config is not None and "=" in config and not Path(config).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import json
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from ..data.pull import WHEELS, cache_home, derived
 from ..errors import UserError
+from .personas import persona_files
 
 Kind = Literal["causal", "encoder", "seq2seq", "adapter"]
 BUNDLED = Path(__file__).parent / "bundled"
@@ -78,7 +80,7 @@ def resolve(name: str) -> Entry:
     if name and _is_folder(name):
         return _folder(name, Path(name), "unknown", "path")
     if not name or "\0" in name or name.startswith((".", "/", "~", "runs/")):
-        raise UserError(f"model {name!r}: no such folder; known offline: {OFFLINE}")
+        raise UserError(f"model {name!r}: no such folder; {_hint(name) or f'known offline: {OFFLINE}'}")
     near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.75)
     if near and "/" not in name:  # OWNER/NAME is a Hub id, however much it resembles ours
         raise UserError(f"model {name}: no such model or folder; did you mean {near[0]}?")
@@ -163,11 +165,26 @@ def _from_hub(name: str) -> Entry:
     try:
         path = Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # unreachable, offline, unknown, gated: huggingface_hub has a class for each
+        hint = _hint(name)
         raise UserError(
-            f"model {name}: not known here, and the Hub did not give it ({type(error).__name__}). "
-            f"Offline, use {OFFLINE}"
+            f"model {name}: not known here, and the Hub did not give it ({type(error).__name__})"
+            + (f"; {hint}" if hint else f". Offline, use {OFFLINE}")
         ) from None
     return _folder(name, path, "see its model card", "hub")
+
+
+def _hint(name: str) -> str:
+    """A run or folder of nearly that name, or a persona, which is no model but is easily taken for one; or nothing.
+
+    Not looked at before the Hub is asked: these may be called like a model there.
+    """
+    path = Path(name)
+    known = {} if "/" in name else {n: f"the persona {n} (`peftlab chat --persona {n}`)" for n in persona_files()}
+    with contextlib.suppress(OSError, ValueError):  # no such folder to look into, or no path at all
+        beside = path.parent if "/" in name else Path("runs")
+        known |= {folder.name: str(folder) for folder in beside.iterdir() if folder.is_dir()}
+    near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.75)
+    return f"did you mean {known[near[0]]}?" if near else ""
 
 
 def _size(path: Path) -> int:

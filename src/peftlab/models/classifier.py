@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .adapters import load_stack
+from .adapter_files import load_stack
 from .catalog import resolve
 
 LABEL_NAMES = ["negative", "positive"]

@@ -17,24 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LabError, UserError
-from .adapters import (
-    PEFT_WEIGHTS,
-    TASK_TYPES,
-    Stack,
-    check_base,
-    load_adapter,
-    load_stack,
-    lora_layers,
-    read_facts,
-    read_stack,
-    read_weights,
-)
+from .adapter_files import load_adapter, load_stack, read_weights
+from .adapters import lora_layers
 from .backbone import Backbone, load_backbone, quiet_loading, trunk
 from .catalog import resolve
 from .classifier import TextClassifier
 from .prefix import PREFIX_TYPE
 from .reward_model import RewardModel, critic_start
 from .reward_scale import Scale
+from .stacks import PEFT_WEIGHTS, TASK_TYPES, Stack, check_base, read_facts, read_stack
 
 LIMIT = 1e-4  # of the largest difference between two logits that are meant to be equal
 NOISE = 1e-5  # the same as a share of the largest logit: float32 rounds large ones more coarsely

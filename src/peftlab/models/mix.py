@@ -18,9 +18,11 @@ from typing import Any, Self
 
 from ..data.tokenize import PLAIN_CHAT
 from ..errors import UserError
-from .adapters import PEFT_WEIGHTS, Stack, load_adapter, load_stack, lora_layers, read_facts, read_stack
+from .adapter_files import load_adapter, load_stack
+from .adapters import lora_layers
 from .backbone import Backbone, load_backbone
 from .catalog import Entry, resolve
+from .stacks import PEFT_WEIGHTS, Stack, read_facts, read_stack
 
 
 @dataclass(frozen=True)

@@ -18,26 +18,14 @@ from torch import Tensor, nn
 from ..data.tokenize import encode
 from ..errors import UserError
 from ..runs.checkpoint import whole_folder
-from .adapters import (
-    Lora,
-    Stack,
-    activate,
-    adapter_parameters,
-    attach,
-    check_tensors,
-    load_adapter,
-    load_under,
-    read_stack,
-    read_weights,
-    same_ground,
-    write_peft,
-    write_stack,
-)
+from .adapter_files import check_tensors, load_adapter, load_under, read_weights, write_peft
+from .adapters import Lora, activate, adapter_parameters, attach
 from .backbone import Backbone, last_states
 from .catalog import resolve
 from .classifier import pad_right
 from .heads import ScalarHead, reward_head
 from .reward_scale import Scale
+from .stacks import Stack, read_stack, same_ground, write_stack
 
 HEAD_WEIGHTS = "head.safetensors"
 

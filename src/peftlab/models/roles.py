@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..ops.logprobs import entropy, state_logprobs, token_logprobs
 from ..ops.split import SplitHead, splits_pay
-from .adapters import PolicyLora, activate, adapter_parameters, attach, load_adapter, lora_layers
+from .adapter_files import load_adapter
+from .adapters import PolicyLora, activate, adapter_parameters, attach, lora_layers
 from .backbone import (
     Backbone,
     causal_logits,

@@ -38,6 +38,11 @@ def objects(mine: T) -> list[T]:
     return found  # type: ignore[return-value]
 
 
+def odd(told: list[T]) -> int:
+    """Of what the processes told, the first that is not what process 0 did: its number; 0 where all are the same."""
+    return next((number for number, theirs in enumerate(told) if theirs != told[0]), 0)
+
+
 def agreed(asked: int | None) -> int | None:
     """What any process asked for, as of a signal: the largest number; None where none did. Each asks at one place."""
     return max((number for number in objects(asked) if number), default=None)

@@ -13,8 +13,8 @@ from ..data.sources import load_records
 from ..errors import UserError
 from ..evaluation.intervals import bootstrap_mean
 from ..evaluation.policy import Measure, evaluate_side, perplexity_ratio
-from ..models.adapters import Stack, stack_over
 from ..models.roles import POLICY, Roles
+from ..models.stacks import Stack, stack_over
 from ..rl.rollout import PromptBatch, ScoreFunction
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding

@@ -22,9 +22,9 @@ from ..data.records import Prompt
 from ..data.sources import load_records
 from ..data.tokenize import encode
 from ..errors import LabError, UserError
-from ..models.adapters import kind_of
 from ..models.backbone import fingerprint, trunk
 from ..models.classifier import TextClassifier
+from ..models.stacks import kind_of
 from ..rewards.parts import Reward, RewardFunction, RewardPart
 from ..rewards.rubric import RUBRIC
 from ..rewards.sentiment import log_odds

@@ -15,9 +15,11 @@ from pydantic import Field
 from ..errors import UserError
 from ..evaluation.calibration import confusion, fit_temperature, reliability, surest_errors
 from ..evaluation.classification import classification_intervals, classification_metrics
-from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, save_adapter
+from ..models.adapter_files import save_adapter
+from ..models.adapters import LoraVariants, adapter_parameters, attach
 from ..models.backbone import Backbone, load_backbone
 from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, own_labels, pad_right
+from ..models.stacks import Stack
 from ..runs.atomic import write_json
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..data.sources import RecordSet, load_records, same_data
-from ..models.adapters import adapter_hash
+from ..models.stacks import adapter_hash
 from ..runs.progress import say
 from ..runs.rundir import RunDir
 from .several import of_first, require_same

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..models.adapters import Lora, load_stack
+from ..models.adapter_files import load_stack
+from ..models.adapters import Lora
 from ..models.backbone import causal_logits
 from ..models.roles import POLICY, Roles
 from ..ops.logprobs import token_logprobs

@@ -14,8 +14,9 @@ from ..data.records import PreferencePair
 from ..data.tokenize import encode
 from ..errors import LabError, UserError
 from ..evaluation.intervals import bootstrap_mean
-from ..models.adapters import Stack, load_stack, save_adapter
+from ..models.adapter_files import load_stack, save_adapter
 from ..models.roles import POLICY, Roles
+from ..models.stacks import Stack
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.dpo import (

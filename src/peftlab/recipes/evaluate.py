@@ -21,10 +21,11 @@ from ..evaluation.explanations import GREEDY, evaluate_explanations
 from ..evaluation.pairs import ScoredPairs, longer_wins, pair_intervals, pair_metrics
 from ..evaluation.perplexity import perplexity, perplexity_intervals, row_nlls
 from ..evaluation.summaries import SummaryFormat, score_summaries, summarize
-from ..models.adapters import kind_of, load_stack
+from ..models.adapter_files import load_stack
 from ..models.backbone import Backbone
 from ..models.classifier import TextClassifier, own_labels
 from ..models.reward_model import RewardModel
+from ..models.stacks import kind_of
 from ..sampling.sampler import Sampler
 from .common import fitting_rows, too_long
 from .frontier import draw_frontier

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LabError, UserError, brief
-from ..models.adapters import Stack, kind_of
 from ..models.catalog import resolve
 from ..models.export import NoAdapter, check_equal, load_options, write_adapter, write_merged
+from ..models.stacks import Stack, kind_of
 from ..report.read import RunFiles, read_run
 from ..runs.atomic import full_disk, write_text
 from ..runs.checkpoint import whole_folder

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..models.adapters import Stack
 from ..models.catalog import Entry, resolve
+from ..models.stacks import Stack
 from ..report.read import RunFiles, as_number
 from ..runs.metrics import METRICS, healthy_text
 from ..runs.sanitize import sanitize
@@ -85,7 +86,7 @@ def _body(made: Export, run: RunFiles | None, base: Entry) -> Iterator[str]:
     if labels := made.stack.extra.get("labels"):
         yield "Classes, in order: " + ", ".join(f"`{_cell(label)}`" for label in labels) + "."
     yield f"Base: {_base_words(base)}. Largest difference of a logit from the original: {made.difference:.1g}."
-    yield from ["", "## Load it", "", "```python", usage(made, made.title, _hub_id(base) or "BASE"), "```"]
+    yield from ["", "## Load it", "", "```python", usage(made, made.title, _hub_id(base) or _own_name(base)), "```"]
     if made.command:
         yield from ["", "## Make a GGUF file", "", f"```sh\n{made.command}\n```"]
     if run:
@@ -163,11 +164,16 @@ def _hub_id(base: Entry) -> str | None:
     return base.name if base.origin == "hub" else UPSTREAM.get(base.name)
 
 
+def _own_name(base: Entry) -> str:
+    """The base's name without the folders of this disk."""
+    return sanitize(Path(base.name).absolute().name if base.origin == "path" else base.name)
+
+
 def _base_words(base: Entry) -> str:
     if base.origin == "hub":
         return f"`{base.name}`"
     if base.origin == "path":
-        return f"`{_cell(base.path.name)}`, a model of its own"
+        return f"`{_cell(_own_name(base))}`, a model of its own, in a folder of that name"
     same = f", of the same weights as `{UPSTREAM[base.name]}` but for rounding" if base.name in UPSTREAM else ""
     return f"`{base.name}`, whose folder `peftlab pull {base.name}` prints{same}"
 

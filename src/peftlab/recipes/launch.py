@@ -11,11 +11,13 @@ from typing import Any
 from ..config import Config, load_config, to_toml
 from ..errors import Interrupted, LabError, UserError
 from ..report import render
+from ..runs.launched import rank, world_size
 from ..runs.progress import say, watched
-from ..runs.ranks import rank, world_size
 from ..runs.rundir import RunDir, ended_runs
+from ..training.arguments import TrainConfig
 from . import load
 from .several import joined, of_first, opened, require_same_job, require_shares
+from .tasks.config import TaskConfig
 
 
 def launch(
@@ -76,9 +78,10 @@ def dry_run(verb: str, source: str | None, overrides: list[str]) -> dict[str, An
     return {"config": config.model_dump(), **load(verb).plan(config)}
 
 
-def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Any, str]:
-    module = load(verb)
-    return load_config(module.CONFIG, source, overrides), Path(source).stem if source else verb
+def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[TrainConfig | TaskConfig, str]:
+    """The config of a run, and the run's name where none is given."""
+    kind: type[TrainConfig] | type[TaskConfig] = load(verb).CONFIG
+    return load_config(kind, source, overrides), Path(source).stem if source else verb
 
 
 def free_name(root: Path, name: str, resume: bool, config: Config) -> str:

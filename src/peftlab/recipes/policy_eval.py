@@ -14,7 +14,7 @@ from ..evaluation.intervals import bootstrap_mean
 from ..evaluation.policy import Measure, Side, evaluate_side, perplexity_ratio
 from ..evaluation.self_bleu import self_bleu_4
 from ..evaluation.winrate import Scored, win_rate
-from ..models.adapters import load_stack
+from ..models.adapter_files import load_stack
 from ..models.roles import POLICY, Roles
 from ..rl.rollout import PromptBatch
 from ..sampling.sampler import Decoding, Sampler

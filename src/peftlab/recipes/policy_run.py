@@ -16,9 +16,10 @@ from torch import Tensor
 from ..config import load_config
 from ..errors import UserError
 from ..evaluation.policy import Measure
-from ..models.adapters import PEFT_WEIGHTS, Stack, check_tensors, load_stack, read_stack, read_weights, stack_over
+from ..models.adapter_files import check_tensors, load_stack, read_weights
 from ..models.backbone import Backbone
 from ..models.roles import POLICY, Roles
+from ..models.stacks import PEFT_WEIGHTS, Stack, read_stack, stack_over
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of
 from ..rl.rollout import PromptBatch

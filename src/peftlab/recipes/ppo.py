@@ -11,10 +11,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..errors import UserError
-from ..models.adapters import Stack, kind_of, stack_over
 from ..models.backbone import Backbone
 from ..models.reward_model import critic_start
 from ..models.roles import Roles
+from ..models.stacks import Stack, kind_of, stack_over
 from ..rewards.spec import terms
 from ..rl.ppo import PPOSettings, PPOTrainer
 from ..runs.rundir import RunDir

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation.summaries import SummaryFormat, summarize
-from ..models.adapters import kind_of, load_stack
+from ..models.adapter_files import load_stack
 from ..models.classifier import TextClassifier
 from ..models.reward_model import RewardModel
+from ..models.stacks import kind_of
 from ..runs.atomic import write_rows
 from ..sampling.sampler import Decoding
 from .tools import load_sampler

@@ -19,10 +19,10 @@ from ..data.sources import load_records
 from ..data.tokenize import IGNORED
 from ..errors import UserError
 from ..evaluation.summaries import MOST, SummaryFormat
-from ..models.adapters import read_stack
 from ..models.backbone import NEEDS, Task, load_tokenizer
 from ..models.catalog import resolve
 from ..models.classifier import own_labels
+from ..models.stacks import read_stack
 from . import classify, dpo, load, sft
 from .common import load_rows
 

@@ -32,10 +32,12 @@ from ..evaluation.pairs import (
     texts_of,
     wins,
 )
-from ..models.adapters import Lora, Stack, load_stack, stack_over
+from ..models.adapter_files import load_stack
+from ..models.adapters import Lora
 from ..models.backbone import Backbone
 from ..models.reward_model import RewardModel, RewardNet
 from ..models.reward_scale import Combine, Scale
+from ..models.stacks import Stack, stack_over
 from ..ops.losses import bradley_terry_loss
 from ..runs.atomic import write_json
 from ..runs.checkpoint import Checkpoint, CheckpointStore

@@ -15,15 +15,16 @@ from ..data.sources import load_records
 from ..data.tokenize import encode
 from ..errors import Interrupted, LabError, UserError
 from ..evaluation.policy import Measure
-from ..models.adapters import Stack, kind_of, load_stack, save_adapter, stack_over
+from ..models.adapter_files import load_stack, save_adapter
 from ..models.backbone import Backbone, pick_device
 from ..models.catalog import resolve
 from ..models.roles import POLICY, Roles
+from ..models.stacks import Stack, kind_of, stack_over
 from ..ops import ranks
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of, terms
 from ..rl.control import AdaptiveKL, FixedKL
-from ..rl.ranks import together
+from ..rl.gather import all_or_none
 from ..rl.rollout import PromptBatch, Rollout, rows_per_pass
 from ..rl.trainer import PolicyTrainer, UpdateSettings
 from ..runs.metrics import first_ratio_limit
@@ -125,7 +126,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
     if state is None:
         measured = of_first(lambda: _normalised(reward, sampler, train, decoding, config.seed).state())
         reward = reward.with_state(measured)
-        with together():
+        with all_or_none():
             _score_one(reward, sampler, held_out, decoding, config.seed)
     else:
         reward = reward.with_state(state["reward"])

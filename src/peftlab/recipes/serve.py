@@ -20,11 +20,12 @@ from typing import Any
 from ..chat.voices import Cast
 from ..data.records import Message, Prompt
 from ..errors import Interrupted, UserError
-from ..models.adapters import kind_of, load_stack
+from ..models.adapter_files import load_stack
 from ..models.backbone import parameter_bytes
 from ..models.mix import Mixer
 from ..models.per_row import PerRow
 from ..models.personas import persona_files
+from ..models.stacks import kind_of
 from ..rewards.spec import reward_of, terms
 from ..sampling.continuous import Batch
 from ..sampling.sampler import Decoding, Sampler
@@ -82,6 +83,7 @@ def serve(names: Sequence[str], options: ServeOptions) -> None:
             listener.port,
             [api_router(api), page_router(api, preferences)],
             Programs(key, anywhere=not listener.local),
+            listener.name,
         )
         for line in shelf.report(speakers, scorers):
             print(line)

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from ..errors import Interrupted, UserError, brief
 from ..models.backbone import pick_device
 from ..ops import ranks
-from ..rl.ranks import together
+from ..rl.gather import all_or_none
+from ..runs.launched import PeersLost, local_rank, peers, rank, world_size
 from ..runs.progress import say
-from ..runs.ranks import PeersLost, local_rank, peers, rank, world_size
 from ..runs.rundir import RunDir, differences
 from ..runs.signals import StopSignals
 
@@ -89,7 +89,7 @@ def _leave(device: torch.device) -> None:
 def of_first(make: Callable[[], T]) -> T:
     """What `make` gives in the first process, in every one; where it fails there, it fails everywhere."""
     found: T | None = None
-    with together():
+    with all_or_none():
         if ranks.rank() == 0:
             found = make()
     return ranks.objects(found)[0]  # type: ignore[return-value]
@@ -110,12 +110,11 @@ def require_same_job(recipe: str, config_toml: str, name: str | None, resume: bo
 def require_same(what: str, sha256: str) -> None:
     """UserError in every process where `what` has another hash in one than in the first."""
     told = ranks.objects(sha256)
-    for number, theirs in enumerate(told):
-        if theirs != told[0]:
-            raise UserError(
-                f"{what} is not the same for all processes (sha256 {told[0][:12]} in process 0, {theirs[:12]} in "
-                f"process {number}); give every host the same files"
-            )
+    if odd := ranks.odd(told):
+        raise UserError(
+            f"{what} is not the same for all processes (sha256 {told[0][:12]} in process 0, {told[odd][:12]} in "
+            f"process {odd}); give every host the same files"
+        )
 
 
 @contextlib.contextmanager

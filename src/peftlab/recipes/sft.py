@@ -12,7 +12,9 @@ from ..data.tokenize import PLAIN_CHAT, Row, document_ids, encode, labelled, pac
 from ..errors import UserError
 from ..evaluation.explanations import GREEDY, evaluate_explanations
 from ..evaluation.perplexity import perplexity, perplexity_intervals, row_nlls
-from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, load_stack, save_adapter, stack_over
+from ..models.adapter_files import load_stack, save_adapter
+from ..models.adapters import LoraVariants, adapter_parameters, attach
+from ..models.stacks import Stack, stack_over
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Sampler
 from ..training.arguments import TrainConfig, total_steps, training_arguments

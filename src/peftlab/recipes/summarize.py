@@ -18,9 +18,11 @@ from ..evaluation.perplexity import perplexity, perplexity_interval
 from ..evaluation.rouge import Rouge
 from ..evaluation.summaries import MOST, SummaryFormat, lead_metrics, score_summaries, summarize
 from ..evaluation.targets import target_nlls
-from ..models.adapters import LoraVariants, Stack, adapter_parameters, attach, attach_decoder_prefix, save_adapter
+from ..models.adapter_files import save_adapter
+from ..models.adapters import LoraVariants, adapter_parameters, attach, attach_decoder_prefix
 from ..models.backbone import Backbone, load_backbone
 from ..models.prefix import attach_prefix, own_prefix, word_states
+from ..models.stacks import Stack
 from ..runs.checkpoint import whole_folder
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.sources import load_records
 from ..errors import UserError
-from ..models.adapters import load_stack
+from ..models.adapter_files import load_stack
 from ..models.catalog import list_models, resolve
 from ..sampling.sampler import Decoding, Sampler
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
-from ..models.adapters import Stack, kind_of
 from ..models.backbone import Backbone
 from ..models.classifier import TextClassifier
 from ..models.reward_model import RewardModel
+from ..models.stacks import Stack, kind_of
 from .learned import learned
 from .parts import Reward, RewardPart, user_function
 from .rubric import RUBRIC, Part, style

@@ -18,7 +18,7 @@ from ..ops.masks import masked_mean
 from ..sampling.sampler import Decoding, Sampler
 from .control import AdaptiveKL, FixedKL
 from .finite import require_finite, require_finite_weights
-from .ranks import gathered, require_same_weights, together
+from .gather import all_or_none, gathered, require_same_weights
 from .rollout import (
     FirstStep,
     PromptBatch,
@@ -101,7 +101,7 @@ class PolicyTrainer(Generic[Settings]):
         share = ranks.share(len(seeds))
         given, seeds = prompts.take(share), seeds[share.start : share.stop]
         try:
-            with together():
+            with all_or_none():
                 mine = collect_rollout(self.sampler, self.roles, self.reward, given, seeds, self.decoding, exact)
             rollout = gathered(mine, prompts)
         except LabError as error:  # a reward's, which knows no steps

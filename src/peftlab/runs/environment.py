@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from .ranks import world_size
+from .launched import world_size
 
 PACKAGES = ("peftlab", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
 

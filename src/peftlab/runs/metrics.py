@@ -6,8 +6,9 @@ docs/metrics.md, which is the output of `python -m peftlab.runs.metrics`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -520,6 +521,11 @@ def metric(name: str) -> Metric:
     if pattern in METRICS and not name.endswith("/"):
         return METRICS[pattern]
     raise KeyError(f"metric {name!r} is not in the registry peftlab.runs.metrics; define it there")
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a logged row, without what is null: a figure that was not finite."""
+    return {name: value for name, value in row.items() if isinstance(value, int | float)}
 
 
 def _number(value: float | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .atomic import grown
-from .metrics import METRICS, Metric, healthy_text
+from .metrics import METRICS, Metric, healthy_text, numbers
 from .sanitize import sanitize
 
 # What a person watches, in this order; of a run those are shown that it logs.
@@ -54,7 +54,7 @@ class Panel:
         """Reads the rows that metrics.jsonl has won."""
         rows, self._read = grown(self.folder / "metrics.jsonl", self._read)
         for row in rows:
-            figures = {name: value for name, value in row.items() if isinstance(value, int | float)}
+            figures = numbers(row)
             self.first = figures | self.first
             self.last |= figures
 

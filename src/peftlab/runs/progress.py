@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, TextIO
 
+from .launched import rank
 from .panel import Panel
-from .ranks import rank
 from .sanitize import sanitize
 
 EVERY_S = 10.0
@@ -91,12 +91,17 @@ def folded(line: str, file: TextIO, below: int = 0) -> str:
 
     In a pipe it stays one line, as does one that begins with two spaces: a command, to be copied whole.
     """
-    width = shutil.get_terminal_size().columns
-    if not file.isatty() or len(line) <= width or line.startswith("  "):
+    if not overflows(len(line), file) or line.startswith("  "):
         return line
+    width = shutil.get_terminal_size().columns
     indent = " " * (below if below <= width // 2 else 2)
     parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(parts)
+
+
+def overflows(length: int, file: TextIO) -> bool:
+    """Whether a line of so many characters is more than the terminal `file` shows in one; never so in a pipe."""
+    return file.isatty() and length > shutil.get_terminal_size().columns
 
 
 def complain(message: str, lost: bool = False) -> None:

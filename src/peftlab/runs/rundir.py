@@ -31,11 +31,11 @@ from .atomic import (
     write_text,
 )
 from .checkpoint import Checkpoint, CheckpointStore
+from .launched import peers, world_size
 from .lock import LOCK, locked
 from .memory import full_memory
 from .metrics import metric
 from .names import NAME
-from .ranks import peers, world_size
 from .signals import StopSignals
 from .summary import ended_runs, find_run, flat, list_runs, outcome, read_environment, read_summary
 

@@ -8,8 +8,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from .launched import rank
 from .progress import Progress
-from .ranks import rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

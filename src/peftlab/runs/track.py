@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UserError
 from .atomic import grown
 from .compare import read_config
+from .metrics import numbers
 from .summary import outcome
 
 PROJECT = "peftlab"
@@ -41,22 +42,17 @@ def track(folder: Path, tool: str, output: Path | None = None, follow: bool = Fa
             rows, position = grown(folder / "metrics.jsonl", position)
             for row in rows:
                 step, seconds = int(row.pop("step")), float(row.pop("time"))
-                send(step, seconds, _numbers(row))
+                send(step, seconds, numbers(row))
                 names |= row.keys()
             sent += len(rows)
             if not (follow and told["status"] == "running"):
                 break
             time.sleep(POLL_S)
-        if last := {name: value for name, value in _numbers(told["metrics"]).items() if name not in names}:
+        if last := {name: value for name, value in numbers(told["metrics"]).items() if name not in names}:
             send(step, seconds, last)
     finally:
         close()
     return sent, shown
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """Without what is null: a figure that was not finite."""
-    return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
 
 
 def _tensorboard(folder: Path, told: Mapping[str, Any], output: Path | None) -> tuple[Sink, str]:

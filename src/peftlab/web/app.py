@@ -80,8 +80,11 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def create_app(token: str, port: int, routers: Iterable[APIRouter], programs: Programs | None = None) -> ASGIApp:
-    """The app behind its guard; `token` and `port` are those of this start. `programs`: who may use the API."""
+def create_app(
+    token: str, port: int, routers: Iterable[APIRouter], programs: Programs | None = None, host: str = "127.0.0.1"
+) -> ASGIApp:
+    """The app behind its guard; `token`, `port` and `host`, as in a URL, are those of this start. `programs`: who may
+    use the API."""
     app = FastAPI(title="PEFT Lab", docs_url=None, redoc_url=None, openapi_url=None)
     for router in routers:
         app.include_router(router)
@@ -91,7 +94,7 @@ def create_app(token: str, port: int, routers: Iterable[APIRouter], programs: Pr
     app.add_exception_handler(PeftlabError, _lab_error)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(Exception, _bug)
-    return Guard(app, token, port, programs)
+    return Guard(app, token, port, programs, host)
 
 
 def error(request: Request, status: int, message: str, param: str | None = None, **headers: str) -> JSONResponse:
@@ -130,9 +133,13 @@ class Guard:
     cookie, so that it does not stay in the address bar.
     """
 
-    def __init__(self, app: ASGIApp, token: str, port: int, programs: Programs | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, token: str, port: int, programs: Programs | None = None, host: str = "127.0.0.1"
+    ) -> None:
         self.app, self.token, self.programs = app, token, programs
-        self.hosts = {f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"}
+        names = {host, "127.0.0.1", "localhost", "[::1]"}
+        # A client leaves out the port that HTTP has anyway.
+        self.hosts = {f"{name}:{port}" for name in names} | (names if port == 80 else set())
         self.cookie = f"peftlab-{port}"  # a browser sends cookies to every port of a host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -157,7 +164,7 @@ class Guard:
     def _refusal(self, request: Request) -> Response | None:
         host, origin = request.headers.get("host"), request.headers.get("origin")
         programs = self.programs
-        if host not in self.hosts and not (programs and programs.anywhere):
+        if (host or "").lower() not in self.hosts and not (programs and programs.anywhere):
             return error(request, 403, f"this server answers to {' and '.join(sorted(self.hosts))} only")
         reading = request.method in ("GET", "HEAD")
         if programs and reading and request.url.path == "/health":

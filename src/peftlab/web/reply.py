@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..sampling.continuous import Chosen
+from ..sampling.spelling import Spelling
 
 Finish = Literal["stop", "length"]
 
@@ -43,21 +44,21 @@ class Reply:
     most: int
     count: int = 0  # tokens taken, the EOS among them
     finish: Finish | None = None
-    _ids: list[int] = field(default_factory=list)
-    _whole: int = 0  # tokens before this one spell whole characters
-    _before: int = 0  # where decoding begins: a word may look otherwise without the one before it
     _text: str = ""
     _shown: int = 0
     _held: list[tuple[int, Token]] = field(default_factory=list)  # not given away yet, by where their text begins
+
+    def __post_init__(self) -> None:
+        self._spelling = Spelling(self.decode)
 
     def take(self, chosen: Chosen) -> Piece | None:
         """What there is to show now; None for nothing. The piece that ends the reply always comes."""
         self.count += 1
         ended = chosen.token == self.eos_id
-        if not ended:
-            self._ids.append(chosen.token)
         last = ended or self.count == self.most
-        begin, gained = len(self._text), self._gain(flush=last)
+        gained = "" if ended else self._spelling.add(chosen.token)
+        gained += self._spelling.rest() if last else ""
+        begin = len(self._text)
         self._text += gained
         if not ended:
             top = tuple((self.decode([token]), logprob) for token, logprob in chosen.top)
@@ -70,15 +71,6 @@ class Reply:
         if self.finish is None and shown <= self._shown:
             return None
         return self._piece(shown)
-
-    def _gain(self, flush: bool) -> str:
-        """Text that the newest token added, or nothing while a character of several tokens is not whole."""
-        known = self.decode(self._ids[self._before : self._whole])
-        text = self.decode(self._ids[self._before :])
-        if text.endswith("\ufffd") and not flush:
-            return ""
-        self._before, self._whole = self._whole, len(self._ids)
-        return text[len(known) :]
 
     def _cut(self, begin: int) -> bool:
         """Cut the text before its first stop; `begin`: where the newest token's text begins."""

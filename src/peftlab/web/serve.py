@@ -21,7 +21,7 @@ class Listener:
         self.token = secrets.token_urlsafe(32)
         self.local = is_local(host)
         shown = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self._name = f"[{shown}]" if ":" in shown else shown
+        self.name = f"[{shown}]" if ":" in shown else shown
         self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -38,7 +38,7 @@ class Listener:
     @property
     def base(self) -> str:
         """Where the app is, without a path."""
-        return f"http://{self._name}:{self.port}"
+        return f"http://{self.name}:{self.port}"
 
     def url(self, path: str) -> str:
         """What to open in a browser. Whoever knows it may use the app."""

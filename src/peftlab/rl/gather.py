@@ -22,7 +22,7 @@ from .rollout import PromptBatch, Rollout
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def all_or_none() -> Iterator[None]:
     """Where the block fails in one process, all fail with its message: none waits for one that is gone."""
     mine: Exception | None = None
     try:
@@ -68,19 +68,17 @@ def require_same_weights(roles: Roles) -> None:
     if ranks.size() == 1:
         return
     told = ranks.objects({"the frozen base": roles.frozen_hash(), "the adapter": hash_of(roles.state())})
-    for number, theirs in enumerate(told):
-        for what, digest in theirs.items():
-            if digest != told[0][what]:
-                raise LabError(f"{what} of process {number} is not that of process 0 before any update; with the same "
-                               "seed and the same files it would be")
+    if odd := ranks.odd(told):
+        what = next(what for what, digest in told[odd].items() if digest != told[0][what])
+        raise LabError(f"{what} of process {odd} is not that of process 0 before any update; with the same seed and "
+                       "the same files it would be")
 
 
 def _require_same(message: str, named: Sequence[Mapping[str, Any]]) -> None:
     """LabError with `message` about the first process whose names are not those of process 0."""
-    first, *others = (", ".join(sorted(names)) or "none" for names in named)
-    for number, names in enumerate(others, 1):
-        if names != first:
-            raise LabError(message.format(0, first, number, names))
+    names = [", ".join(sorted(own)) or "none" for own in named]
+    if odd := ranks.odd(names):
+        raise LabError(message.format(0, names[0], odd, names[odd]))
 
 
 def _stacked(parts: Sequence[Tensor], left: bool) -> Tensor:
