@@ -5,7 +5,6 @@ Shapes: T tokens, D inputs and E outputs of a layer, r the rank of its LoRA.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,9 +91,9 @@ class QuickLora(Linear):
             return x.reshape(-1, x.shape[-1]) @ weight.t()
         return self.split.beside(weight, x).view(-1, len(weight))
 
-    def gradients(self) -> Any:
+    def gradients(self) -> in_tf32:
         """The context in which gradients are made."""
-        return nullcontext() if self.split is None else in_tf32()
+        return in_tf32(self.split is not None)
 
 
 class _LowRank(torch.autograd.Function):

@@ -5,7 +5,6 @@ Shapes: B rows, T positions, N tokens, D width of a state, V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def _block(
     entropies = log_total - torch.linalg.vecdot(masses, logits) / total
     if not learns:
         return chosen - log_total, entropies, states[:, :0]
-    with nullcontext() if split is None else in_tf32():
+    with in_tf32(split is not None):
         weight = head if split is None else split.weight
         expected = (masses.to(head.dtype) @ weight) / total.unsqueeze(-1).to(head.dtype)
     return chosen - log_total, entropies, (head[token_ids] - expected) / temperature

@@ -13,9 +13,6 @@ Shapes: T rows, D inputs and E outputs of a layer, K = 3D, and 8 more where the 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,17 +31,19 @@ class SplitRows:
     """The parts of rows, remembered for the next layer that reads the same tensor."""
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        self._last: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, x: Tensor, bias: bool = False) -> Tensor:
         """x (..., D), float32 -> (T, K), bfloat16: high, low, high, and ones for a bias to be multiplied by."""
-        wide = 3 * x.shape[-1] + ONES * bias
+        rows, wide = x.detach().reshape(-1, x.shape[-1]), 3 * x.shape[-1] + ONES * bias
         if self._last is not None:
-            source, version, parts = self._last
-            if source() is x and version == x._version and parts.shape[1] == wide:
+            seen, version, parts = self._last
+            # What is remembered keeps its memory, so that nothing else can lie there meanwhile.
+            same = seen.data_ptr() == rows.data_ptr() and seen.shape == rows.shape and seen.stride() == rows.stride()
+            if same and version == rows._version and parts.shape[1] == wide:
                 return parts
-        parts = _rows(x.detach().reshape(-1, x.shape[-1]), wide)
-        self._last = weakref.ref(x), x._version, parts
+        parts = _rows(rows, wide)
+        self._last = rows, rows._version, parts
         return parts
 
 
@@ -119,13 +118,20 @@ class SplitHead(SplitWeight):
         self.renew(self.weight, self.bias)
 
 
-@contextmanager
-def in_tf32() -> Iterator[None]:
-    """Float32 products on CUDA round their factors to 11 bits meanwhile. Enough for a gradient, not for a ratio."""
-    settings: Any = torch.backends.cuda.matmul
-    was = settings.fp32_precision
-    settings.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = was
+class in_tf32:
+    """A context in which float32 products on CUDA round their factors to 11 bits, where it is `active`.
+
+    Enough for a gradient, not for a ratio.
+    """
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+
+    def __enter__(self) -> None:
+        self.settings: Any = torch.backends.cuda.matmul
+        self.was = self.settings.fp32_precision
+        if self.active:
+            self.settings.fp32_precision = "tf32"
+
+    def __exit__(self, *_: object) -> None:
+        self.settings.fp32_precision = self.was
