@@ -69,6 +69,8 @@ def load_backbone(
     """
     import transformers
 
+    from .quick_linear import quicken_linears
+
     entry = resolve(name)
     kinds, needs = NEEDS[task]
     if entry.kind not in kinds:
@@ -90,7 +92,7 @@ def load_backbone(
     own = f"{model.base_model_prefix}." if task == "classifier" else ""  # a classifier's head is new
     if missing := sorted(key for key in told["missing_keys"] if key.startswith(own)):
         raise UserError(f"model {name}: the weights in {source} lack {missing[0]} ({len(missing)} missing); restore it")
-    fuse_norms(fuse_gelu(model)).requires_grad_(False).eval()
+    quicken_linears(fuse_norms(fuse_gelu(model))).requires_grad_(False).eval()
     keep_freed_memory()
     return Backbone(name, model.to(pick_device(device)), tokenizer, fingerprint(trunk(model)))
 
@@ -170,8 +172,10 @@ def unembedding(model: Any) -> Tensor | None:
 
     None for a head with a bias, and for a model that scales or caps its logits: it is asked, by a pass of two tokens.
     """
+    from .quick_linear import QuickLinear
+
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
+    if type(head) not in (nn.Linear, QuickLinear) or head.bias is not None:
         return None
     ids = torch.arange(2, device=head.weight.device).view(1, 2)
     inputs = _inputs(ids, torch.ones_like(ids, dtype=torch.bool))

@@ -46,8 +46,7 @@ def choose(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> tuple[Tensor
     if decoding.temperature != 1.0:
         logits = logits / decoding.temperature
     logits = truncate(logits, decoding.top_k, decoding.top_p)
-    normalizers = logits.logsumexp(-1, keepdim=True)
-    probabilities = (logits - normalizers).exp()
+    probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)
     # Scaling by the total absorbs the rounding of the sum; the first entry above the draw never has probability 0.
     draws = (uniforms * cumulative[:, -1]).unsqueeze(-1)
@@ -56,8 +55,7 @@ def choose(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> tuple[Tensor
         tokens = tokens.clamp(max=logits.shape[-1] - 1)  # where logits are NaN
     else:  # a parallel scan rounds otherwise than the sum: a draw may lie behind the last token that has a probability
         tokens = torch.minimum(tokens, (probabilities > 0).float().cumsum(-1).argmax(-1, keepdim=True))
-    logprobs = logits.gather(-1, tokens) - normalizers
-    return tokens.squeeze(-1), logprobs.squeeze(-1)
+    return tokens.squeeze(-1), probabilities.gather(-1, tokens).squeeze(-1).log()
 
 
 def choose_in_blocks(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:

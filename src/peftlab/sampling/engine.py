@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.masks import position_ids
+from .attention import few_queries
+from .slab import UNSEEN
 
 # (layer, query (B, H, D), key and value (B, G, D)) -> (B, H * D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -126,8 +127,8 @@ class CachedDecoder:
         for place, layer in enumerate(layers):
             self.keys[place, :, :, : self.end] = layer.keys
             self.values[place, :, :, : self.end] = layer.values
-        self.mask = torch.ones(rows, 1, 1, self.end + room, dtype=torch.bool, device=ids.device)
-        self.mask[:, 0, 0, : self.end] = mask
+        self.unseen = self.keys.new_zeros(rows, 1, 1, self.end + room)
+        self.unseen[:, 0, 0, : self.end].masked_fill_(~mask.bool(), UNSEEN)
         self.positions = positions[:, -1]
         return self._logits(output.last_hidden_state[:, -1])
 
@@ -140,7 +141,7 @@ class CachedDecoder:
     def keep(self, rows: Tensor) -> None:
         """Go on with these of the rows (K,) alone."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.unseen, self.positions = self.unseen[rows], self.positions[rows]
 
     def _logits(self, states: Tensor) -> Tensor:
         self.states = states
@@ -152,8 +153,7 @@ class CachedDecoder:
         keys[:, :, -1], values[:, :, -1] = key, value
         # Heads that share a key stand where positions would: no key is copied for each of them.
         grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])
-        mixed = scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask[..., : self.end])
-        return mixed.reshape(len(query), -1)
+        return few_queries(grouped, keys, values, self.unseen[..., : self.end]).reshape(len(query), -1)
 
 
 class PlainDecoder:

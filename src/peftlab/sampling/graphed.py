@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .attention import few_queries
 from .choice import BLOCK, Decoding, choose_in_blocks, row_uniforms
 from .fused import FusedStep
 from .slab import UNSEEN, Slab, row_bucket, slot_bucket
@@ -108,7 +109,7 @@ class GraphedDecoder:
             keys, values = slab.cache[layer, :, :, :, :seen]
             # Heads that share a key stand where positions would: no key is copied for each of them.
             query = query.reshape(len(query), self.step.groups, -1, self.step.width)
-            return _attention(query, keys, values, hidden).reshape(len(query), -1)
+            return few_queries(query, keys, values, hidden).reshape(len(query), -1)
 
         self._choose(slab, self.step(slab.tokens, slab.positions, attend), decoding)
 
@@ -173,15 +174,3 @@ class GraphedDecoder:
         self.cache = self.cache.new_empty(size)
         vocabulary = -(-len(self.step.head) // BLOCK) * BLOCK
         self.logits = self.cache.new_full((rows, vocabulary), -torch.inf)
-
-
-def _attention(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-    """`scaled_dot_product_attention` of a few queries (R, G, n, D) over keys and values (R, G, S, D).
-
-    In float32 its kernel takes them for a tile of 64 queries: two plain products take half as long.
-    """
-    if query.dtype != torch.float32:
-        mask = hidden.expand(*query.shape[:3], -1)
-        return scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    scores = query.mul(query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
-    return scores.add_(hidden).softmax(-1) @ values
