@@ -80,7 +80,7 @@ def summaries() -> list[Job]:
 def explanations() -> list[Job]:
     """Base, SFT, reward model, then PPO and RLOO by it and DPO from its pairs, on SmolLM2's explanations of reviews."""
     # Answers that differ by less than a part of the rubric, a sixth, are near ties.
-    answers = "data preferences --policy RUNS/sft --k 8 --min-margin 0.15 --batch-size 512 --dtype bfloat16"
+    answers = "data preferences --policy RUNS/sft --k 8 --min-margin 0.15 --batch-size 256 --dtype bfloat16"
     held_out = "eval_data=RUNS/pairs-held-out/preferences-test.jsonl"
     pairs = f"train_data=RUNS/pairs/preferences-train.jsonl {held_out}"
     made = ("pairs", "pairs-held-out")

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone
-from peftlab.models.captured import KINDS, bucket
+from peftlab.models.captured import KINDS
 from peftlab.models.roles import Roles
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -59,7 +59,7 @@ def test_replayed_passes_say_and_learn_what_plain_ones_do(tiny_causal, architect
     plain = [read(roles, *batch(rows, tokens, seed), keep) for seed in range(4) for rows, tokens, keep in SHAPES]
     for parameter in learned:
         parameter.grad = None
-    roles.capture()
+    roles.quicken()
     replayed = [read(roles, *batch(rows, tokens, seed), keep) for seed in range(4) for rows, tokens, keep in SHAPES]
     assert roles.captured is not None
     assert all(one.graphs for one in roles.captured.passes.values())
@@ -70,7 +70,7 @@ def test_replayed_passes_say_and_learn_what_plain_ones_do(tiny_causal, architect
 
 def test_weights_that_move_are_those_of_the_next_replay(tiny_causal):
     roles = roles_on_cuda(tiny_causal, "llama", "none")
-    roles.capture()
+    roles.quicken()
     ids, mask = batch(3, 9, 0)
     with torch.no_grad():
         seen = [roles.policy_tokens(ids, mask, 4)[0].clone() for _ in range(3)]
@@ -86,7 +86,7 @@ def test_weights_that_move_are_those_of_the_next_replay(tiny_causal):
 
 def test_a_backward_behind_another_pass_of_its_role_is_refused(tiny_causal):
     roles = roles_on_cuda(tiny_causal, "gpt2", "none")
-    roles.capture()
+    roles.quicken()
     ids, mask = batch(3, 9, 0)
     for _ in range(2):
         roles.policy_tokens(ids, mask, 4)[0].sum().backward()
@@ -94,14 +94,17 @@ def test_a_backward_behind_another_pass_of_its_role_is_refused(tiny_causal):
     roles.policy_tokens(ids, mask, 4)[0].sum().backward()
     with pytest.raises(RuntimeError, match="another pass of this role"):
         first.backward()
+    twice = roles.policy_tokens(ids, mask, 4)[0].sum()
+    twice.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="it has had one"):
+        twice.backward()
 
 
 def test_kinds_are_forgotten_beyond_their_number(tiny_causal):
     roles = roles_on_cuda(tiny_causal, "gpt2", "none")
-    roles.capture()
+    roles.quicken()
     for rows in (8 * (1 + i) for i in range(KINDS + 2)):
         ids, mask = batch(rows, 9, 0)
         for _ in range(2):
             roles.reference_logprobs(ids, mask, 4)
     assert roles.captured is not None and len(roles.captured.passes) == 2
-    assert bucket(3, 9) == (8, 16) and bucket(8, 130) == (8, 160)

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from peftlab.models import quick_linear
+from peftlab.models import quick_layers
 from peftlab.models.backbone import causal_logits
-from peftlab.models.quick_linear import QuickConv1D, QuickLinear, quicken_linears
+from peftlab.models.captured import bucket, capturable
+from peftlab.models.quick_layers import QuickConv1D, QuickLinear, quicken_layers
 from peftlab.ops.products import product
 from peftlab.sampling.attention import few_queries
 
@@ -38,12 +39,12 @@ def test_a_product_is_that_of_a_linear_layer(rows, inputs, outputs, turned, bias
 def test_a_quickened_model_says_the_same(tiny_causal, architecture, monkeypatch):
     model, _ = tiny_causal(architecture)
     before, state = causal_logits(model, IDS, MASK, 3), model.state_dict()
-    quicken_linears(model)
+    quicken_layers(model.requires_grad_(False))
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)} <= {QuickLinear, QuickConv1D}
     assert model.state_dict().keys() == state.keys()
     with torch.no_grad():
         torch.testing.assert_close(causal_logits(model, IDS, MASK, 3), before, atol=1e-4, rtol=1e-4)
-    monkeypatch.setattr(quick_linear, "product", lambda *_: pytest.fail("took what has a gradient, or another dtype"))
+    monkeypatch.setattr(quick_layers, "product", lambda *_: pytest.fail("took what learns, or another dtype"))
     model.requires_grad_(True)
     causal_logits(model, IDS, MASK, 3).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -65,3 +66,14 @@ def test_few_queries_attend_as_many_do(rows, groups, queries, slots, dtype):
     unseen[..., -1] = 0
     expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=unseen.expand(-1, groups, queries, -1))
     torch.testing.assert_close(few_queries(query, keys, values, unseen), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_only_what_a_graph_can_hold_is_captured(tiny_causal):
+    assert all(capturable(tiny_causal(kind)[0]) for kind in ("gpt2", "llama"))
+    model, _ = tiny_causal("llama")
+    model.model.rotary_emb.rope_type = "dynamic"  # asks the device how long the text is
+    assert not capturable(model)
+    model, _ = tiny_causal("gpt2")
+    model.config._attn_implementation = "eager"
+    assert not capturable(model)
+    assert bucket(3, 9) == (8, 16) and bucket(8, 130) == (8, 160)

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from peft.tuners.lora import Linear
 from torch import nn
 from transformers.activations import NewGELUActivation
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftlab.models.adapters import Lora, LoraVariants, activate, adapter_parameters, attach
 from peftlab.models.backbone import Backbone, causal_logits, unembedding
-from peftlab.models.quick import fuse_gelu, keep_freed_memory
+from peftlab.models.freed_memory import keep_freed_memory
+from peftlab.models.quick_layers import quicken_layers
 from peftlab.models.quick_lora import QuickLora, _LowRank
 from peftlab.models.roles import Roles
 from peftlab.ops import logprobs as logprobs_module
@@ -87,13 +89,17 @@ def test_quick_lora_leaves_the_rest_to_peft(tiny_causal, monkeypatch):
         causal_logits(model, IDS, MASK, 3)
 
 
-def test_a_fused_gelu_changes_last_bits_alone(tiny_causal):
-    model, _ = tiny_causal("gpt2")
-    before = causal_logits(model, IDS, MASK, 3)
-    assert any(isinstance(module, NewGELUActivation) for module in model.modules())
-    fuse_gelu(model)
-    assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
-    torch.testing.assert_close(causal_logits(model, IDS, MASK, 3), before, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_quick_layers_change_last_bits_alone(tiny_causal, architecture):
+    model, _ = tiny_causal(architecture)
+    plain = type(model)(model.config).eval()
+    plain.load_state_dict(model.state_dict())
+    slow = [m for m in plain.modules() if isinstance(m, NewGELUActivation | LlamaRMSNorm)]
+    assert slow and not {type(module) for module in slow} & {type(module) for module in model.modules()}
+    before = causal_logits(plain, IDS, MASK, 3)
+    torch.testing.assert_close(causal_logits(model, IDS, MASK, 3), before, atol=1e-4, rtol=1e-4)
+    theirs = causal_logits(quicken_layers(plain.requires_grad_(False)), IDS, MASK, 3)
+    assert torch.equal(causal_logits(model, IDS, MASK, 3), theirs)
 
 
 @given(st.integers(0, 7), st.integers(2, 40), st.sampled_from([1.0, 0.3, 2.0]), st.integers(1, 100), st.integers(0, 99))

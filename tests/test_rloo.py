@@ -68,9 +68,6 @@ class Bandit:
         self.device = torch.device("cpu")
         self.said: tuple[tuple[int, ...], ...] = ()
 
-    def capture(self):
-        """It has no passes to capture."""
-
     def policy_parameters(self):
         return {"logits": self.logits}
 

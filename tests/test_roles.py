@@ -36,6 +36,17 @@ def test_a_fresh_policy_is_its_reference_bit_for_bit(roles):
     assert (exact_kl(policy, reference) == 0.0).all()
 
 
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_fc"], ["c_attn", "c_proj", "c_fc"]])
+def test_a_fresh_policy_is_its_reference_with_gradients_asked_for_or_not(tiny_causal, targets):
+    model, tokenizer = tiny_causal("gpt2")
+    roles = Roles(Backbone("tiny", model, tokenizer, ""), Lora(r=4, alpha=8, targets=targets))
+    with torch.no_grad():
+        without = roles.policy(IDS, MASK, 3)
+    assert torch.equal(roles.policy(IDS, MASK, 3), without) and torch.equal(roles.reference(IDS, MASK, 3), without)
+    logprobs, _, _ = roles.policy_tokens(IDS, MASK, 3)
+    assert logprobs.requires_grad and torch.equal(logprobs, roles.reference_logprobs(IDS, MASK, 3))
+
+
 def test_roles_do_not_leak_into_each_other(roles):
     reference, values = roles.reference(IDS, MASK, 3), roles.values(IDS, MASK, 3)
     assert (values == 0).all()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from peftlab.chat.session import Session
 from peftlab.chat.voices import Voice
@@ -63,7 +64,7 @@ def test_the_magnitudes_of_dora_learn(shop):
     model = load_stack(str(folder), device="cpu", merge=False)[0].model
     layer = next(m for m in model.modules() if hasattr(m, "lora_magnitude_vector") and m.lora_magnitude_vector)
     weight = layer.base_layer.weight + layer.get_delta_weight("policy")
-    axis = 0 if type(layer.base_layer).__name__ == "Conv1D" else 1
+    axis = 0 if isinstance(layer.base_layer, Conv1D) else 1
     fresh = layer.base_layer.weight.norm(dim=axis).flatten()
     learned = layer.lora_magnitude_vector["policy"].weight.flatten()
     assert weight.shape == layer.base_layer.weight.shape

@@ -39,7 +39,7 @@ def test_a_split_product_is_nearer_than_16_bits_of_each_factor(rows, inputs, out
 
 
 def test_rows_are_split_once_until_they_change():
-    rows, x = SplitRows(), torch.randn(3, 4)
+    rows, x = SplitRows(remember=True), torch.randn(3, 4)
     first = rows.of(x)
     assert rows.of(x) is first and rows.of(x, bias=True).shape == (3, 20)
     assert rows.of(x.clone()) is not first
@@ -47,6 +47,17 @@ def test_rows_are_split_once_until_they_change():
     x += 1
     assert rows.of(x) is not kept
     torch.testing.assert_close(rows.of(x)[:, :4].float() + rows.of(x)[:, 4:8].float(), x, atol=1e-4, rtol=2**-16)
+
+
+def test_rows_of_inference_mode_are_split_each_time():
+    rows, outside = SplitRows(remember=True), torch.randn(3, 4)
+    kept = rows.of(outside)
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+        first = rows.of(x).clone()
+        x += 1
+        assert not torch.equal(rows.of(x), first)
+    assert torch.equal(rows.of(outside), kept)
 
 
 def test_tf32_is_left_as_it_was_found():
@@ -67,6 +78,7 @@ def split(monkeypatch):
 def roles_of(causal, architecture: str, critic: str = "shared") -> Roles:
     model, tokenizer = causal(architecture)
     roles = Roles(Backbone("tiny", model, tokenizer, ""), Lora(r=3, alpha=8), critic)
+    roles.quicken()
     layers = [module for module in roles.model.modules() if isinstance(module, QuickLora)]
     assert layers and roles.split_head is not None and all(layer.split is not None for layer in layers)
     return roles
@@ -119,6 +131,7 @@ def test_a_decode_by_split_products_follows_the_weights(tiny_causal, monkeypatch
     monkeypatch.setattr(fused, "splits_pay", lambda device: True)
     split = fused_step(model)
     assert split.products.split and not plain.products.split
+    weights = [*split.products.split, split.products.split_head]
     before = decoded(split)
     torch.testing.assert_close(before, decoded(plain), atol=5e-4, rtol=0)
     with torch.no_grad():
@@ -126,6 +139,7 @@ def test_a_decode_by_split_products_follows_the_weights(tiny_causal, monkeypatch
             parameter.mul_(0.7)
     torch.testing.assert_close(decoded(split), decoded(plain), atol=5e-4, rtol=0)
     assert not torch.allclose(decoded(split), before, atol=1e-3)
+    assert all(weight.rows._last is None for weight in weights), "a decode keeps no layer's input"
 
 
 def test_what_is_not_plain_float32_is_not_split(tiny_causal, split, monkeypatch):

@@ -23,6 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from peftlab.models.quick_layers import quicken_layers
+
 WORDS = ["the", "a", "film", "movie", "was", "is", "good", "bad", "great", "awful", "i", "it", "and", "but", "not"]
 WORDS += ["very", "plot", "actor", "scene", "fun", "dull"]
 
@@ -50,7 +52,7 @@ def tokenizer() -> Any:
 
 
 def causal(kind: str = "gpt2", seed: int = 0) -> tuple[Any, Any]:
-    """(model, tokenizer): two layers, width 32, vocabulary 64, context 64."""
+    """(model, tokenizer), as they are after loading: two layers, width 32, vocabulary 64, context 64."""
     torch.manual_seed(seed)
     if kind == "gpt2":
         config = GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3,
@@ -61,7 +63,7 @@ def causal(kind: str = "gpt2", seed: int = 0) -> tuple[Any, Any]:
                             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
                             tie_word_embeddings=True, bos_token_id=1, eos_token_id=1, pad_token_id=0)
         model = LlamaForCausalLM(llama)
-    return model.requires_grad_(False).eval(), tokenizer()
+    return quicken_layers(model).requires_grad_(False).eval(), tokenizer()
 
 
 def spelling_tokenizer(encoder: bool = False) -> Any:

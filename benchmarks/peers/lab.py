@@ -10,8 +10,8 @@ from work import ALPHA, KL_COEF, LR, RANK, SAMPLES, Answers, Job, policy_of, pro
 
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone
-from peftlab.models.quick import fuse_gelu, fuse_norms, keep_freed_memory
-from peftlab.models.quick_linear import quicken_linears
+from peftlab.models.freed_memory import keep_freed_memory
+from peftlab.models.quick_layers import quicken_layers
 from peftlab.models.reward_model import RewardModel, RewardNet
 from peftlab.models.roles import Roles
 from peftlab.rl.control import FixedKL
@@ -28,9 +28,10 @@ def roles_of(job: Job) -> tuple[Roles, ScoreFunction]:
     """The roles on one base, the reward model among them where the job asks for one."""
     tokenizer = tokenizer_of(job)
     keep_freed_memory()
-    model = quicken_linears(fuse_norms(fuse_gelu(policy_of(job)))).to(job.device).requires_grad_(False).eval()
+    model = quicken_layers(policy_of(job)).to(job.device).requires_grad_(False).eval()
     backbone = Backbone(job.model, model, tokenizer, "")
     roles = Roles(backbone, LORA, "shared" if job.algorithm == "ppo" else "none")
+    roles.quicken()
     if job.reward == "function":
         return roles, lambda prompts, completions, records: (torch.tensor(reward_of(completions)), {})
     net = RewardNet.fresh(replace(backbone, model=roles.model), LORA).requires_grad_(False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError, brief
 from ..ops.masks import last_true, position_ids
 from .catalog import resolve
-from .quick import fuse_gelu, fuse_norms, keep_freed_memory
+from .freed_memory import keep_freed_memory
 
 Task = Literal["causal", "classifier", "seq2seq"]
 # What a task needs: the kinds of model that serve it, and in words.
@@ -69,7 +69,7 @@ def load_backbone(
     """
     import transformers
 
-    from .quick_linear import quicken_linears
+    from .quick_layers import quicken_layers
 
     entry = resolve(name)
     kinds, needs = NEEDS[task]
@@ -92,7 +92,7 @@ def load_backbone(
     own = f"{model.base_model_prefix}." if task == "classifier" else ""  # a classifier's head is new
     if missing := sorted(key for key in told["missing_keys"] if key.startswith(own)):
         raise UserError(f"model {name}: the weights in {source} lack {missing[0]} ({len(missing)} missing); restore it")
-    quicken_linears(fuse_norms(fuse_gelu(model))).requires_grad_(False).eval()
+    quicken_layers(model).requires_grad_(False).eval()
     keep_freed_memory()
     return Backbone(name, model.to(pick_device(device)), tokenizer, fingerprint(trunk(model)))
 
@@ -172,7 +172,7 @@ def unembedding(model: Any) -> Tensor | None:
 
     None for a head with a bias, and for a model that scales or caps its logits: it is asked, by a pass of two tokens.
     """
-    from .quick_linear import QuickLinear
+    from .quick_layers import QuickLinear
 
     head = model.get_output_embeddings()
     if type(head) not in (nn.Linear, QuickLinear) or head.bias is not None:

@@ -22,15 +22,18 @@ from ..ops.masks import position_ids
 from .backbone import trunk
 
 # Kinds that are remembered; beyond them all are forgotten.
-KINDS = 32
+KINDS = 64
 Acting = Callable[[], AbstractContextManager[None]]
 Kind = tuple[str | None, bool, int, int]
 
 
 def capturable(model: Any) -> bool:
-    """Whether a causal model (not yet a PeftModel) is on CUDA and of a class whose forward asks the device nothing."""
-    known = type(model).__name__ in ("GPT2LMHeadModel", "LlamaForCausalLM")
-    return known and model.device.type == "cuda" and model.config._attn_implementation == "sdpa"
+    """Whether a causal model (not yet a PeftModel) is of a class whose forward asks the device nothing."""
+    if model.config._attn_implementation != "sdpa":
+        return False
+    name = type(model).__name__
+    plain_rotary = name == "LlamaForCausalLM" and model.model.rotary_emb.rope_type == "default"
+    return name == "GPT2LMHeadModel" or plain_rotary
 
 
 def bucket(rows: int, tokens: int) -> tuple[int, int]:
@@ -46,7 +49,7 @@ class CapturedStates:
         self.body = trunk(model)
         self.stream = torch.cuda.Stream(model.device)
         self.passes: dict[Kind, Pass] = {}
-        self.turns: dict[str | None, Turn] = {}
+        self.turns: dict[tuple[str | None, bool], Turn] = {}
 
     def __call__(
         self, ids: Tensor, mask: Tensor, role: str | None, acting: Acting, learned: Sequence[nn.Parameter] = ()
@@ -58,23 +61,28 @@ class CapturedStates:
         """
         learned = learned if torch.is_grad_enabled() else ()
         rows, tokens = bucket(*ids.shape)
-        kind = role, bool(learned), rows, tokens
+        share = role, bool(learned)
+        kind = *share, rows, tokens
         if len(self.passes) >= KINDS and kind not in self.passes:
             torch.cuda.synchronize(self.stream.device)
             self.passes.clear()
             self.turns.clear()
         if kind not in self.passes:
-            turn = self.turns.setdefault(role if learned else f"{role}, read", Turn())
-            self.passes[kind] = Pass(self.body, rows, tokens, learned, self.stream, turn)
+            if share not in self.turns:
+                self.turns[share] = Turn(learned)
+            self.passes[kind] = Pass(self.body, rows, tokens, self.stream, self.turns[share])
         one = self.passes[kind]
-        one.take(ids, mask)
-        return one.states(acting)[: len(ids), tokens - ids.shape[1] :]
+        with torch.cuda.device(self.stream.device):
+            one.take(ids, mask)
+            return one.states(acting)[: len(ids), tokens - ids.shape[1] :]
 
 
 class Turn:
-    """The passes that share a memory for what they keep between forward and backward; the number of the last one."""
+    """What the passes of a role share: what learns, the memory between forward and backward, the last one's number."""
 
-    def __init__(self) -> None:
+    def __init__(self, learned: Sequence[nn.Parameter]) -> None:
+        self.learned = list(learned)
+        self.gradients = [torch.zeros_like(parameter) for parameter in learned]
         self.pool = torch.cuda.graph_pool_handle()
         self.number = 0
 
@@ -82,18 +90,15 @@ class Turn:
 class Pass:
     """One kind of pass: what it reads and makes, at addresses that stay, and the graphs between."""
 
-    def __init__(
-        self, body: nn.Module, rows: int, tokens: int, learned: Sequence[nn.Parameter], stream: Any, turn: Turn
-    ) -> None:
+    def __init__(self, body: nn.Module, rows: int, tokens: int, stream: Any, turn: Turn) -> None:
         device = stream.device
-        self.body, self.learned, self.stream, self.turn = body, list(learned), stream, turn
+        self.body, self.stream, self.turn = body, stream, turn
         self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.seen = torch.zeros(rows, 1, tokens, tokens, dtype=torch.bool, device=device)
         self.begun = False
         self.graphs: list[torch.cuda.CUDAGraph] = []  # forward, and backward where it learns
         self.made = self.slopes = torch.empty(0)
-        self.gradients: list[Tensor] = []
 
     def take(self, ids: Tensor, mask: Tensor) -> None:
         """Put rows into place. Whoever is padding sees itself, so that no row of attention is empty."""
@@ -119,10 +124,10 @@ class Pass:
             with acting():
                 self._capture()
         self.turn.number += 1
-        if not self.learned:
+        if not self.turn.learned:
             self.graphs[0].replay()
             return self.made
-        replayed: Tensor = _Replay.apply(self.learned[0], self)
+        replayed: Tensor = _Replay.apply(self.turn.learned[0], self)
         return replayed
 
     def _run(self) -> Tensor:
@@ -138,27 +143,28 @@ class Pass:
             "stream": self.stream,
             "capture_error_mode": "thread_local",
         }
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, **given):
+        graphs = [torch.cuda.CUDAGraph()]
+        with torch.cuda.graph(graphs[0], **given):
             made = self._run()
         self.made = made.detach()
-        self.graphs = [forward]
-        if self.learned:
+        if self.turn.learned:
             self.slopes = torch.zeros_like(self.made)
-            self.gradients = [torch.zeros_like(parameter) for parameter in self.learned]
-            with torch.cuda.graph(backward, **given):
-                torch._foreach_copy_(self.gradients, torch.autograd.grad(made, self.learned, self.slopes))
-            self.graphs.append(backward)
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[1], **given):
+                gradients = torch.autograd.grad(made, self.turn.learned, self.slopes)
+                torch._foreach_copy_(self.turn.gradients, gradients)
+        self.graphs = graphs
 
     def add_gradients(self, slopes: Tensor) -> None:
         """Adds to `.grad` of what learns the gradient of sum(slopes * states), for slopes (R, S, D)."""
         self.slopes.copy_(slopes)
         self.graphs[1].replay()
-        there = [parameter.grad for parameter in self.learned if parameter.grad is not None]
-        if len(there) == len(self.learned):
-            torch._foreach_add_(there, self.gradients)
+        learned, gradients = self.turn.learned, self.turn.gradients
+        there = [parameter.grad for parameter in learned if parameter.grad is not None]
+        if len(there) == len(learned):
+            torch._foreach_add_(there, gradients)
             return
-        for parameter, gradient in zip(self.learned, torch._foreach_mul(self.gradients, 1.0), strict=True):
+        for parameter, gradient in zip(learned, torch._foreach_mul(gradients, 1.0), strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
@@ -174,7 +180,11 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        if ctx.number != ctx.one.turn.number:
-            raise RuntimeError("another pass of this role began before this one's backward: they share one memory")
+        turn = ctx.one.turn
+        if ctx.number != turn.number:
+            raise RuntimeError(
+                "another pass of this role began before this one's backward, or it has had one: they share one memory"
+            )
+        turn.number += 1
         ctx.one.add_gradients(gradient)
         return None, None

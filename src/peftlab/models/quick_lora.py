@@ -15,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops.products import product
 from ..ops.split import SplitRows, SplitWeight, in_tf32, splits_pay
-from .quick_linear import QUICK
+from .quick_layers import LINEAR
 
 
 def quicken(model: nn.Module) -> None:
     """Make the plain LoRA layers of a PeftModel `QuickLora`; parameters, names and files stay peft's."""
     for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) in (nn.Linear, Conv1D, *QUICK.values()):
+        if type(module) is Linear and type(module.base_layer) in LINEAR:
             module.__class__ = QuickLora
 
 
@@ -30,10 +30,10 @@ def split_products(model: nn.Module) -> None:
 
     It takes half again the bytes of their weights. Gradients are made in TF32. `ops/split.py` says what is left out.
     """
-    rows = SplitRows()
+    rows = SplitRows(remember=True)
     for module in model.modules():
         base: Any = getattr(module, "base_layer", None)
-        if isinstance(module, QuickLora) and splits_pay(base.weight.device):
+        if isinstance(module, QuickLora) and base.weight.dtype == torch.float32 and splits_pay(base.weight.device):
             module.split = SplitWeight(_weight(base), base.bias, rows)
 
 

@@ -71,15 +71,20 @@ class Roles:
         if critic == "adapter":
             self._learned[VALUE] = list(adapter_parameters(self.model, VALUE).values())
         activate(self.model, POLICY)
-        split_products(self.model)
-        self.split_head = None
-        if self.unembedding is not None and splits_pay(self.device):
-            self.split_head = SplitHead(self.unembedding)
+        self.split_head: SplitHead | None = None
         self.captured: CapturedStates | None = None
 
-    def capture(self) -> None:
-        """From now on passes are replayed from CUDA graphs, where that can be; they add to `.grad` by themselves."""
-        if self.capturable and self.captured is None:
+    def quicken(self) -> None:
+        """For training by reinforcement: on CUDA, from now on, float32 products in parts and passes from graphs.
+
+        Those passes fill `.grad` by themselves: of what they make no gradient can be asked by torch.autograd.grad.
+        """
+        if not splits_pay(self.device) or self.captured is not None:
+            return
+        split_products(self.model)
+        if self.unembedding is not None and self.unembedding.dtype == torch.float32:
+            self.split_head = SplitHead(self.unembedding)
+        if self.capturable and self.device.type == "cuda":
             self.captured = CapturedStates(self.model)
 
     @property
@@ -90,7 +95,9 @@ class Roles:
     @property
     def precision(self) -> str:
         """How its matrix products are made, by the name of the limit of invariant/first_ratio_error."""
-        return "fp32" if self.split_head is None else "fp32 in parts"
+        layers = lora_layers(self.model).values()
+        parts = self.split_head is not None or any(getattr(layer, "split", None) is not None for layer in layers)
+        return "fp32 in parts" if parts else "fp32"
 
     @property
     def shared_head(self) -> ScalarHead | None:
@@ -222,7 +229,12 @@ class Roles:
         return hash_of(self.frozen_parameters())
 
     def bytes_per_role(self) -> dict[str, int]:
-        """Bytes of the shared base, of each role's own tensors, and of the sampler's copy beyond what it shares."""
+        """Bytes of the shared base, of each role's own tensors, and of the sampler's copy beyond what it shares.
+
+        "parts" are the base's weights once more, as they are multiplied; the sampler's copy has as many of its own.
+        """
+        layers = lora_layers(self.model).values()
+        parts = [part for part in (self.split_head, *(getattr(layer, "split", None) for layer in layers)) if part]
         frozen = self.frozen_parameters()
         shared = {p.data_ptr() for p in frozen.values()}
         reward = [p for name, p in frozen.items() if ".lora_" in name]  # that of a reward model which joined the base
@@ -231,6 +243,7 @@ class Roles:
             **({"reward": parameter_bytes(reward)} if reward else {}),
             "policy": parameter_bytes(self.policy_parameters().values()),
             **({"value": parameter_bytes(self.critic_parameters().values())} if self.head is not None else {}),
+            **({"parts": sum(part.columns.nbytes for part in parts)} if parts else {}),
             "sampler": parameter_bytes(p for p in self.twin.parameters() if p.data_ptr() not in shared),
         }
 

@@ -6,7 +6,7 @@ A float32 is taken as the sum of two bfloat16, x = high + low, which leaves out 
 
 less low_x low_w, is one product of rows three times as long, added up in float32: 16 bits of each factor count, where
 TF32 keeps 11 and bfloat16 8. (Henry et al. 2019, "Leveraging the bfloat16 artificial intelligence datatype for
-higher-precision computations".)
+higher-precision computations".) Within half a percent of float32's largest number the high part is infinite.
 
 Shapes: T rows, D inputs and E outputs of a layer, K = 3D, and 8 more where the layer has a bias.
 """
@@ -28,9 +28,10 @@ def splits_pay(device: torch.device) -> bool:
 
 
 class SplitRows:
-    """The parts of rows, remembered for the next layer that reads the same tensor."""
+    """The parts of rows; where asked, the last are remembered for the next layer that reads the same tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, remember: bool = False) -> None:
+        self.remember = remember
         self._last: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, x: Tensor, bias: bool = False) -> Tensor:
@@ -40,10 +41,11 @@ class SplitRows:
             seen, version, parts = self._last
             # What is remembered keeps its memory, so that nothing else can lie there meanwhile.
             same = seen.data_ptr() == rows.data_ptr() and seen.shape == rows.shape and seen.stride() == rows.stride()
-            if same and version == rows._version and parts.shape[1] == wide:
+            if same and not rows.is_inference() and version == rows._version and parts.shape[1] == wide:
                 return parts
         parts = _rows(rows, wide)
-        self._last = rows, rows._version, parts
+        if self.remember and not rows.is_inference():  # tensors of inference mode do not count their changes
+            self._last = rows, rows._version, parts
         return parts
 
 
@@ -121,17 +123,19 @@ class SplitHead(SplitWeight):
 class in_tf32:
     """A context in which float32 products on CUDA round their factors to 11 bits, where it is `active`.
 
-    Enough for a gradient, not for a ratio.
+    Enough for a gradient, not for a ratio. Meanwhile torch's older settings of precision may not be read.
     """
 
     def __init__(self, active: bool = True) -> None:
         self.active = active
 
     def __enter__(self) -> None:
-        self.settings: Any = torch.backends.cuda.matmul
-        self.was = self.settings.fp32_precision
         if self.active:
-            self.settings.fp32_precision = "tf32"
+            settings: Any = torch.backends.cuda.matmul
+            self.was = settings.fp32_precision
+            settings.fp32_precision = "tf32"
 
     def __exit__(self, *_: object) -> None:
-        self.settings.fp32_precision = self.was
+        if self.active:
+            settings: Any = torch.backends.cuda.matmul
+            settings.fp32_precision = self.was

@@ -70,7 +70,6 @@ class PolicyTrainer(Generic[Settings]):
         seed: int = 0,
     ) -> None:
         self.roles, self.sampler, self.reward, self.kl = roles, sampler, reward, kl
-        roles.capture()
         self.settings, self.decoding = settings, decoding
         self.generator = torch.Generator().manual_seed(seed)
         self.steps_done = 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+LONGEST = 8  # tokens that a character may be made of: a run of bytes that are none is told as it is
+
 
 class Spelling:
     """What each token adds to a text, in whole characters; a token's cost does not grow with the text.
@@ -23,9 +25,12 @@ class Spelling:
         """What this token makes whole; empty while a character goes on in the next one."""
         self._ids.append(token)
         more = self._more()
-        if not more or more.endswith("\ufffd"):
+        if more.endswith("\ufffd") and len(self._ids) - self._told < LONGEST:
             return ""
-        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        if more:
+            self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        else:
+            self._ids.pop()  # one that spells nothing
         return more
 
     def rest(self) -> str:
