@@ -36,7 +36,7 @@ STAND_INS = {
     "imdb:train": "{texts}",
 }
 # Pairs want answers that differ, from a model that writes words, and a score that tells them apart.
-PAIRS = {"tiny-gpt2": "tiny-gpt2", "imdb-sentiment": "my_scores:vowels"}
+PAIRS = {"tiny-gpt2": "tiny-gpt2", "imdb-sentiment": "readme_scores:vowels"}
 SCORES = """
 def vowels(prompts, completions, records):
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
@@ -86,7 +86,7 @@ def test_the_block_is_read():
 
 def test_every_command_of_the_readme_runs(shop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_scores.py").write_text(SCORES)
+    (tmp_path / "readme_scores.py").write_text(SCORES)
     for line in LINES:
         verb, *rest = small(line, shop)
         if verb in ELSEWHERE:

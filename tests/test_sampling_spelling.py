@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from peftlab.models.catalog import resolve
-from peftlab.sampling.spelling import Spelling
+from peftlab.sampling.spelling import WAITING, Spelling
 
 
 def spaced() -> PreTrainedTokenizerFast:
@@ -67,3 +67,11 @@ def test_what_is_decoded_for_a_token_does_not_grow():
     for token in tokenizer("the film 漢 was " * 200)["input_ids"]:
         spelling.add(token)
     assert max(most) <= 8
+
+
+def test_tokens_that_spell_nothing_are_let_go():
+    longest = []
+    spelling = Spelling(lambda ids: (longest.append(len(ids)), "a" * ids.count(0))[1])
+    told = "".join(spelling.add(token) for token in [0] + [1] * 100 + [0]) + spelling.rest()
+    assert told == "aa"
+    assert max(longest) <= WAITING + 3

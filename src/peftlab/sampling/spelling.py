@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-LONGEST = 8  # tokens that a character may be made of: a run of bytes that are none is told as it is
+WAITING = 8  # tokens that spell nothing and are kept for the next one
 
 
 class Spelling:
-    """What each token adds to a text, in whole characters; a token's cost does not grow with the text.
+    """What each token adds to a text, in whole characters; a token's cost does not grow with the text, unless it is all broken bytes.
 
     `decode`: token ids to text. A character of several tokens decodes to U+FFFD until it is whole, and comes with its
     last token.
@@ -25,12 +25,12 @@ class Spelling:
         """What this token makes whole; empty while a character goes on in the next one."""
         self._ids.append(token)
         more = self._more()
-        if more.endswith("\ufffd") and len(self._ids) - self._told < LONGEST:
+        waiting = len(self._ids) - self._told
+        if not more and waiting > WAITING:  # a token that spells nothing may be a space before the next: keep the last
+            del self._ids[self._told]
+        if not more or more.endswith("\ufffd"):
             return ""
-        if more:
-            self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
-        else:
-            self._ids.pop()  # one that spells nothing
+        self._ids, self._told = self._ids[self._told :], waiting
         return more
 
     def rest(self) -> str:
