@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from ..ops.products import product
 from ..ops.split import SplitRows, SplitWeight, in_tf32, splits_pay
-from .quick_layers import LINEAR
 
 
 def quicken(model: nn.Module) -> None:
     """Make the plain LoRA layers of a PeftModel `QuickLora`; parameters, names and files stay peft's."""
     for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) in LINEAR:
+        if type(module) is Linear and type(module.base_layer) in (nn.Linear, Conv1D):
             module.__class__ = QuickLora
 
 
@@ -121,7 +119,7 @@ class _LowRank(torch.autograd.Function):
             of_up = (gradient.t() @ low) * ctx.scale
             of_x = None
             if ctx.needs_input_grad[0]:
-                of_x = product(gradient, _weight(ctx.layer.base_layer).t()).addmm_(back, down).view(ctx.shape)
+                of_x = (gradient @ _weight(ctx.layer.base_layer)).addmm_(back, down).view(ctx.shape)
             return of_x, back.t() @ states, of_up, None, None
 
 
@@ -137,4 +135,4 @@ class _Frozen(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         with ctx.layer.gradients():
-            return product(gradient, _weight(ctx.layer.base_layer).t()), None
+            return gradient @ _weight(ctx.layer.base_layer), None

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .products import product
 from .split import SplitHead, in_tf32
 
 # Logits that are there at once: on a CPU its cache is to hold them.
@@ -80,7 +79,7 @@ def _block(
     states: Tensor, head: Tensor, token_ids: Tensor, temperature: float, learns: bool, split: SplitHead | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies, and d log p / d state where `learns`, of a few rows."""
-    logits = (product(states, head) if split is None else split(states)).float()
+    logits = (states @ head.t() if split is None else split(states)).float()
     if temperature != 1.0:
         logits /= temperature
     logits -= logits.amax(-1, keepdim=True)
@@ -93,5 +92,5 @@ def _block(
         return chosen - log_total, entropies, states[:, :0]
     with in_tf32(split is not None):
         weight = head if split is None else split.weight
-        expected = product(masses.to(head.dtype), weight.t()) / total.unsqueeze(-1).to(head.dtype)
+        expected = (masses.to(head.dtype) @ weight) / total.unsqueeze(-1).to(head.dtype)
     return chosen - log_total, entropies, (head[token_ids] - expected) / temperature

@@ -8,10 +8,10 @@ WAITING = 8  # tokens that spell nothing and are kept for the next one
 
 
 class Spelling:
-    """What each token adds to a text, in whole characters; a token's cost does not grow with the text, unless it is all broken bytes.
+    """What each token adds to a text, in whole characters; a token's cost does not grow with the text.
 
     `decode`: token ids to text. A character of several tokens decodes to U+FFFD until it is whole, and comes with its
-    last token.
+    last token; broken bytes, which make none, are told at the end.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
