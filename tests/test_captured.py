@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
-from peftlab.models.captured import bucket, capturable
+from peftlab.models import captured
+from peftlab.models.adapters import Lora
+from peftlab.models.backbone import Backbone
+from peftlab.models.captured import CapturedStates, Pass, bucket, capturable
+from peftlab.models.roles import Roles
 from peftlab.sampling.attention import few_queries
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHAPES = [(3, 9, 4), (8, 16, 8), (5, 20, 11), (3, 9, 4)]  # rows, tokens, tokens of the completion
 
 
 @given(
@@ -23,6 +36,110 @@ def test_few_queries_attend_as_many_do(rows, groups, queries, slots, dtype):
     unseen[..., -1] = 0
     expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=unseen.expand(-1, groups, queries, -1))
     torch.testing.assert_close(few_queries(query, keys, values, unseen), expected, atol=1e-5, rtol=1e-5)
+
+
+class Graph:
+    """A CUDA graph for a CPU: a replay runs again what was captured, on what lies at the same addresses."""
+
+    def replay(self) -> None:
+        one = self.owner
+        if self is one.graphs[0]:
+            with one.acting(), torch.set_grad_enabled(bool(one.turn.learned)):
+                self.made = one._run()
+            one.made.copy_(self.made.detach())
+        else:
+            gradients = torch.autograd.grad(one.graphs[0].made, one.turn.learned, one.slopes)
+            torch._foreach_copy_(one.turn.gradients, gradients)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.cuda's streams and graphs, without a GPU; tests/test_captured_cuda.py has the same with one."""
+    stream = SimpleNamespace(device=torch.device("cpu"), wait_stream=lambda other: None)
+    fakes = {"Stream": lambda device: stream, "current_stream": lambda: stream, "CUDAGraph": Graph,
+             "graph_pool_handle": object, "synchronize": lambda device: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("stream", "device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    capture, states = Pass._capture, Pass.states
+
+    def owned(one: Pass) -> None:
+        capture(one)
+        for graph in one.graphs:
+            graph.owner = one
+
+    def told(one: Pass, acting) -> torch.Tensor:
+        one.acting = acting
+        return states(one, acting)
+
+    monkeypatch.setattr(Pass, "_capture", owned)
+    monkeypatch.setattr(Pass, "states", told)
+
+
+def roles_of(causal, kind: str, critic: str) -> Roles:
+    model, tokenizer = causal(kind)
+    roles = Roles(Backbone("tiny", model, tokenizer, ""), Lora(r=3, alpha=8), critic)
+    for parameter in (roles.policy_parameters() | roles.critic_parameters()).values():
+        nn.init.normal_(parameter, std=0.1)
+    return roles
+
+
+def batch(rows: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded in front, completions behind."""
+    mask = torch.ones(rows, tokens, dtype=torch.bool)
+    for row in range(rows):
+        mask[row, : row % 3] = False
+        mask[row, tokens - row % 2 :] = False
+    return torch.randint(3, 40, (rows, tokens), generator=torch.Generator().manual_seed(seed)), mask
+
+
+def read(roles: Roles, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> list[torch.Tensor]:
+    """What a minibatch reads, and the gradients it leaves, those of the minibatches before included."""
+    logprobs, entropies, values = roles.policy_tokens(ids, mask, keep, 0.7)
+    (logprobs.sum() + values.square().sum()).backward()
+    learned = [*roles.policy_parameters().values(), *roles.critic_parameters().values()]
+    reference = roles.reference_logprobs(ids, mask, keep, 0.7)
+    return [logprobs.detach(), entropies, values.detach(), reference, *(p.grad.clone() for p in learned)]
+
+
+@pytest.mark.parametrize("critic", ["shared", "adapter", "none"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_captured_passes_say_and_learn_what_plain_ones_do(tiny_causal, graphs, kind, critic):
+    roles = roles_of(tiny_causal, kind, critic)
+    batches = [(batch(rows, tokens, seed), keep) for seed in range(3) for rows, tokens, keep in SHAPES]
+    plain = [read(roles, *given, keep) for given, keep in batches]
+    for parameter in (roles.policy_parameters() | roles.critic_parameters()).values():
+        parameter.grad = None
+    roles.captured = CapturedStates(roles.model)
+    replayed = [read(roles, *given, keep) for given, keep in batches]
+    assert len(roles.captured.passes) == (6 if critic == "adapter" else 4)
+    assert all(one.graphs for one in roles.captured.passes.values())
+    for one, other in zip(itertools.chain(*replayed), itertools.chain(*plain), strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm() + 1e-5
+
+
+def test_a_pass_has_one_backward_before_the_next_of_its_role(tiny_causal, graphs):
+    roles = roles_of(tiny_causal, "gpt2", "none")
+    roles.captured = CapturedStates(roles.model)
+    given = batch(3, 9, 0)
+    roles.policy_tokens(*given, 4)[0].sum().backward()
+    first = roles.policy_tokens(*given, 4)[0].sum()
+    second = roles.policy_tokens(*given, 4)[0].sum()
+    with pytest.raises(RuntimeError, match="another pass of this role"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="it has had one"):
+        second.backward()
+
+
+def test_kinds_beyond_their_number_are_forgotten(tiny_causal, graphs, monkeypatch):
+    monkeypatch.setattr(captured, "KINDS", 3)
+    roles = roles_of(tiny_causal, "gpt2", "none")
+    roles.captured = CapturedStates(roles.model)
+    for rows in (8, 16, 24, 32):
+        roles.reference_logprobs(*batch(rows, 9, 0), 4)
+    assert [kind[2] for kind in roles.captured.passes] == [32]
 
 
 def test_only_what_a_graph_can_hold_is_captured(tiny_causal):
