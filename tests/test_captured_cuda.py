@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import test_captured
 import torch
+from test_captured import SHAPES, read
 from torch import nn
 
 from peftlab.models.adapters import Lora
@@ -12,7 +14,6 @@ from peftlab.models.captured import KINDS
 from peftlab.models.roles import Roles
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-SHAPES = [(3, 9, 4), (8, 16, 8), (5, 20, 11), (3, 9, 4)]  # rows, tokens, tokens of the completion
 
 
 def roles_on_cuda(tiny_causal, architecture: str, critic: str) -> Roles:
@@ -24,31 +25,8 @@ def roles_on_cuda(tiny_causal, architecture: str, critic: str) -> Roles:
     return roles
 
 
-def batch(rows: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts padded in front, completions behind."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 40, (rows, tokens), generator=generator)
-    mask = torch.ones(rows, tokens, dtype=torch.bool)
-    for row in range(rows):
-        mask[row, : row % 3] = False
-        if row % 2:
-            mask[row, -1:] = False
-    return ids.cuda(), mask.cuda()
-
-
-def read(roles: Roles, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> list[torch.Tensor]:
-    """What a minibatch reads, and the gradients it gets, those that were there before included."""
-    learned = [*roles.policy_parameters().values(), *roles.critic_parameters().values()]
-    logprobs, entropies, values = roles.policy_tokens(ids, mask, keep, 0.7)
-    (logprobs.sum() + values.square().sum()).backward()
-    reference = roles.reference_logprobs(ids, mask, keep, 0.7)
-    return [
-        logprobs.detach(),
-        entropies,
-        values.detach(),
-        reference,
-        *(parameter.grad.clone() for parameter in learned),
-    ]
+def batch(rows: int, tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.cuda() for tensor in test_captured.batch(rows, tokens, seed))
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -115,21 +115,26 @@ def activate(model: nn.Module, *names: str) -> None:
     Sets the layers' own fields: peft's set_adapter and disable_adapter also flip requires_grad, which would hand
     frozen adapters to the optimizer.
     """
-    for layer in lora_layers(model).values():
-        layer._active_adapter = list(names)
-        layer._disable_adapters = not names
+    _act(lora_layers(model).values(), names)
 
 
 @contextmanager
 def only(model: nn.Module, *names: str) -> Iterator[None]:
     """`activate`, for the length of a block."""
-    layer = next(iter(lora_layers(model).values()))
+    layers = lora_layers(model).values()
+    layer = next(iter(layers))
     before = () if layer._disable_adapters else tuple(layer._active_adapter)
-    activate(model, *names)
+    _act(layers, names)
     try:
         yield
     finally:
-        activate(model, *before)
+        _act(layers, before)
+
+
+def _act(layers: Iterable[Any], names: Sequence[str]) -> None:
+    for layer in layers:
+        layer._active_adapter = list(names)
+        layer._disable_adapters = not names
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -96,6 +96,8 @@ class Pass:
         self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.seen = torch.zeros(rows, 1, tokens, tokens, dtype=torch.bool, device=device)
+        self.itself = torch.eye(tokens, dtype=torch.bool, device=device)
+        self.before = torch.ones_like(self.itself).tril()
         self.begun = False
         self.graphs: list[torch.cuda.CUDAGraph] = []  # forward, and backward where it learns
         self.made = self.slopes = torch.empty(0)
@@ -108,8 +110,7 @@ class Pass:
         self.ids.zero_()
         self.ids[: len(ids), tokens - ids.shape[1] :] = ids
         self.positions.copy_(position_ids(real))
-        before = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
-        self.seen.copy_((real[:, None, None] & before) | (before & before.t()))
+        self.seen.copy_((real[:, None, None] & self.before) | self.itself)
 
     def states(self, acting: Acting) -> Tensor:
         """Final states (R, S, D) of what was taken."""

@@ -65,7 +65,7 @@ class QuickLora(Linear):
 
     def _plain(self, x: Tensor, own: list[str]) -> bool:
         """Whether what acts is one plain LoRA, or none and the base multiplies in parts."""
-        if len(own) > 1 or not own and (self.split is None or x.dtype != torch.float32):
+        if len(own) > 1 or not own and self._parts(x) is None:
             return False
         weights = [self.base_layer.weight]
         for name in own:
@@ -79,17 +79,21 @@ class QuickLora(Linear):
         same = all(weight.dtype == x.dtype for weight in weights)
         return same and not learns and not torch.is_autocast_enabled(x.device.type)
 
+    def _parts(self, x: Tensor) -> SplitWeight | None:
+        """The base in parts, where x is to be multiplied so."""
+        return self.split if x.dtype == torch.float32 else None
+
     def base(self, x: Tensor) -> Tensor:
         """What the frozen layer makes of x (..., D)."""
-        parts = self.split if x.dtype == torch.float32 else None
+        parts = self._parts(x)
         made: Tensor = self.base_layer(x) if parts is None else parts(x)
         return made
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (..., D) by a LoRA's weight (r, D), (T, r)."""
-        if self.split is None or x.dtype != torch.float32:
-            return x.reshape(-1, x.shape[-1]) @ weight.t()
-        return self.split.beside(weight, x).view(-1, len(weight))
+        parts = self._parts(x)
+        made = x @ weight.t() if parts is None else parts.beside(weight, x)
+        return made.view(-1, len(weight))
 
     def gradients(self) -> in_tf32:
         """The context in which gradients are made."""

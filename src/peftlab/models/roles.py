@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.logprobs import entropy, state_logprobs, token_logprobs
-from ..ops.split import SplitHead, splits_pay
+from ..ops.split import SplitHead, SplitWeight, splits_pay
 from .adapter_files import load_adapter
-from .adapters import PolicyLora, activate, adapter_parameters, attach, lora_layers
+from .adapters import PolicyLora, activate, adapter_parameters, attach, lora_layers, only
 from .backbone import (
     Backbone,
     causal_logits,
@@ -53,7 +53,6 @@ class Roles:
         self.tokenizer = backbone.tokenizer
         self.critic = critic
         self.twin = _twin(backbone.model)
-        self.capturable = capturable(backbone.model)
         self.unembedding = unembedding(backbone.model)
         self.model: Any = attach(backbone.model, lora, POLICY, base=backbone.name)
         if start is not None:
@@ -67,6 +66,7 @@ class Roles:
             parameter.requires_grad_(True)
         for parameter in self.critic_parameters().values():
             parameter.requires_grad_(True)
+        # Kept, since to find them takes a walk over all modules, and each pass asks.
         self._learned: dict[str | None, list[nn.Parameter]] = {POLICY: list(self.policy_parameters().values())}
         if critic == "adapter":
             self._learned[VALUE] = list(adapter_parameters(self.model, VALUE).values())
@@ -84,7 +84,7 @@ class Roles:
         split_products(self.model)
         if self.unembedding is not None and self.unembedding.dtype == torch.float32:
             self.split_head = SplitHead(self.unembedding)
-        if self.capturable and self.device.type == "cuda":
+        if self.device.type == "cuda" and capturable(self.model.get_base_model()):
             self.captured = CapturedStates(self.model)
 
     @property
@@ -95,9 +95,12 @@ class Roles:
     @property
     def precision(self) -> str:
         """How its matrix products are made, by the name of the limit of invariant/first_ratio_error."""
+        return "fp32 in parts" if self._parts() else "fp32"
+
+    def _parts(self) -> list[SplitWeight]:
+        """What multiplies in parts."""
         layers = lora_layers(self.model).values()
-        parts = self.split_head is not None or any(getattr(layer, "split", None) is not None for layer in layers)
-        return "fp32 in parts" if parts else "fp32"
+        return [part for part in (self.split_head, *(getattr(layer, "split", None) for layer in layers)) if part]
 
     @property
     def shared_head(self) -> ScalarHead | None:
@@ -157,15 +160,9 @@ class Roles:
         with self._acting(None):
             return causal_logits(self.model, ids, mask, keep)
 
-    @contextmanager
-    def _acting(self, role: str | None) -> Iterator[None]:
-        """The adapter `role` acts, or none; then the policy's again."""
-        activate(self.model, *([role] if role else []))
-        try:
-            yield
-        finally:
-            if role != POLICY:
-                activate(self.model, POLICY)
+    def _acting(self, role: str | None) -> AbstractContextManager[None]:
+        """The adapter `role` acts meanwhile, or none."""
+        return only(self.model, *([role] if role else []))
 
     def _states(self, ids: Tensor, mask: Tensor, keep: int, role: str | None) -> Tensor:
         """`causal_states` with the adapter `role`, or none."""
@@ -233,8 +230,7 @@ class Roles:
 
         "parts" are the base's weights once more, as they are multiplied; the sampler's copy has as many of its own.
         """
-        layers = lora_layers(self.model).values()
-        parts = [part for part in (self.split_head, *(getattr(layer, "split", None) for layer in layers)) if part]
+        parts = self._parts()
         frozen = self.frozen_parameters()
         shared = {p.data_ptr() for p in frozen.values()}
         reward = [p for name, p in frozen.items() if ".lora_" in name]  # that of a reward model which joined the base

@@ -105,7 +105,7 @@ class SplitHead(SplitWeight):
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight, self.bias, self.version = weight.detach(), None, weight._version
+        self.weight, self.bias = weight.detach(), None
         if more := -len(weight) % 8:
             self.weight = torch.cat([self.weight, weight.new_zeros(more, weight.shape[1])])
             self.bias = torch.cat([weight.new_zeros(len(weight)), weight.new_full((more,), NEVER)])
@@ -114,7 +114,6 @@ class SplitHead(SplitWeight):
     @torch.no_grad()
     def follow(self, weight: Tensor) -> None:
         """Take the head's values again, in place."""
-        self.version = weight._version
         if self.bias is not None:
             self.weight[: len(weight)] = weight
         self.renew(self.weight, self.bias)

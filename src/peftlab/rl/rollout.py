@@ -160,7 +160,7 @@ def passes(samples: Samples | Rollout, rows: Tensor, with_logits: Roles | None =
     logits = 1 if with_logits is None else keep * with_logits.model.config.vocab_size
     size = rows_per_pass(rows.device, samples.ids.shape[1], logits)
     order = samples.mask[rows].sum(1).argsort(stable=True)
-    yield from rows[order].split(-(-len(rows) // -(-len(rows) // size)))
+    yield from rows[order].tensor_split(max(1, -(-len(rows) // size)))
 
 
 def of_rank(rollout: Rollout, rows: Tensor) -> Tensor:

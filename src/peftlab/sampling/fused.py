@@ -56,11 +56,10 @@ class Products:
 
     def refresh(self) -> None:
         """Follow weights that were written to."""
-        if self.split and self.seen != self._versions():
+        if self.split_head is not None and self.seen != self._versions():
             for split, weight, bias in zip(self.split, self.weights, self.biases, strict=True):
                 split.renew(weight, bias)
-            if self.split_head is not None and self.head._version != self.split_head.version:
-                self.split_head.follow(self.head)
+            self.split_head.follow(self.head)
             self.seen = self._versions()
 
     def __call__(self, number: int, x: Tensor) -> Tensor:
