@@ -1,6 +1,6 @@
 """The experiments behind the README's figures and LOG.md: grids of the lab's own commands, spread over GPUs.
 
-    python benchmarks/experiments.py NAME [--gpus 0,1] [--per-gpu 4] [--only WORD] [--dry-run]
+    python benchmarks/experiments.py NAME [--gpus 0,1] [--per-gpu 4] [--only WORD,WORD] [--dry-run]
 
 A job's run is runs/NAME/JOB, what it prints is in runs/NAME/JOB.log. What is done is not done again, and what was cut
 goes on from its checkpoint: give the same command again, on another machine too if runs/ is there. Last comes one JSON
@@ -63,15 +63,14 @@ class Job:
 
 def summaries() -> list[Job]:
     """ROUGE of the four ways to teach tiny-t5 to say the gist of a review."""
-    seeded = "batch_size=64 eval_limit=0 seed="
     methods = {
-        "prefix-full": "lr=3e-3 epochs=8",
-        "prefix": "lr=3e-3 epochs=8",
-        "lora": "lr=2e-3 epochs=4",
-        "full": "lr=1e-3 epochs=4",
+        "prefix-full": "lr=1e-3 epochs=3 batch_size=16",
+        "prefix": "lr=1e-3 epochs=3 batch_size=16",
+        "lora": "lr=2e-3 epochs=4 batch_size=64",
+        "full": "lr=1e-3 epochs=4 batch_size=64",
     }
     return [
-        Job(f"{name}-s{seed}", f"summarize summarize-tiny method={name} {keys} {seeded}{seed}")
+        Job(f"{name}-s{seed}", f"summarize summarize-tiny method={name} {keys} eval_limit=0 seed={seed}")
         for seed in range(3)
         for name, keys in methods.items()
     ]
@@ -118,7 +117,7 @@ def continuations() -> list[Job]:
     shape = "model=RUNS/sft prompt_tokens=[2,8] max_new_tokens=48 eval_prompts=750 lora.r=16 lora.alpha=32"
     steered = f"{shape} steps=100 lr=3e-4 kl_target=5 kl_horizon=2000 kl_stop=12"
     jobs = [
-        Job("sft", "sft smollm2-imdb"),
+        Job("sft", "sft smollm2-imdb train_limit=8000"),
         Job("pairs", f"{PAIRS} --limit 8000 --dtype bfloat16", ("sft",)),
         Job("reward", f"reward reward-explanations model=RUNS/sft {pairs} max_length=128", ("pairs",)),
     ]
@@ -298,12 +297,12 @@ def main() -> int:
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--gpus", default="0", help="numbers of GPUs, or cpu")
     parser.add_argument("--per-gpu", type=int, default=4, help="jobs on a GPU at a time")
-    parser.add_argument("--only", default="", help="jobs whose names contain this, and what they stand on")
+    parser.add_argument("--only", default="", help="jobs whose names contain one of these, and what they stand on")
     parser.add_argument("--dry-run", action="store_true", help="show the commands")
     given = parser.parse_args()
     jobs, runs = EXPERIMENTS[given.name](), Path("runs") / given.name
     if given.only:
-        kept = {job.name for job in jobs if given.only in job.name}
+        kept = {job.name for job in jobs if any(word in job.name for word in given.only.split(","))}
         for job in reversed(jobs):  # a job stands behind those that it needs
             kept |= set(job.after) if job.name in kept else set()
         jobs = [job for job in jobs if job.name in kept]

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.split import SplitRows, SplitWeight, in_tf32, splits_pay
+from .lean import recipe
 
 
 def quicken(model: nn.Module) -> None:
@@ -101,22 +102,23 @@ class QuickLora(Linear):
 
 
 class _LowRank(torch.autograd.Function):
-    """y = base(x) + s (x A^T) B^T, with A (r, D) and B (E, r). Keeps x and x A^T."""
+    """y = base(x) + s (x A^T) B^T, with A (r, D) and B (E, r). Keeps x A^T, and x or what x is made of."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, layer: QuickLora, scale: float) -> Tensor:
         result = layer.base(x)
-        states = x.reshape(-1, x.shape[-1])
         low = layer.down(x, down)
         result.view(-1, result.shape[-1]).addmm_(low, up.t(), alpha=scale)
-        ctx.save_for_backward(states, low, down, up)
+        ctx.make, made_of = recipe(x)
+        ctx.save_for_backward(low, down, up, *made_of)
         ctx.layer, ctx.scale, ctx.shape = layer, scale, x.shape
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        states, low, down, up = ctx.saved_tensors
+        low, down, up, *made_of = ctx.saved_tensors
+        states = ctx.make(*made_of).reshape(-1, down.shape[1])
         gradient = gradient.reshape(-1, gradient.shape[-1])
         with ctx.layer.gradients():
             back = (gradient @ up) * ctx.scale

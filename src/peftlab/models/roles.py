@@ -30,6 +30,7 @@ from .backbone import (
 )
 from .captured import CapturedStates, capturable
 from .heads import ScalarHead
+from .lean import lean
 from .quick_lora import split_products
 from .reward_model import CriticStart
 
@@ -75,7 +76,7 @@ class Roles:
         self.captured: CapturedStates | None = None
 
     def quicken(self) -> None:
-        """For training by reinforcement: on CUDA, from now on, float32 products in parts and passes from graphs.
+        """For training by reinforcement: on CUDA, from now on, float32 products in parts, and lean passes from graphs.
 
         Those passes fill `.grad` by themselves: of what they make no gradient can be asked by torch.autograd.grad.
         """
@@ -86,6 +87,7 @@ class Roles:
             self.split_head = SplitHead(self.unembedding)
         if self.device.type == "cuda" and capturable(self.model.get_base_model()):
             self.captured = CapturedStates(self.model)
+        lean(self.model.get_base_model())
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,143 @@
+"""Passes of a causal model that keep less for their backward, and attend to short rows in fewer kernels.
+
+Shapes: B rows of T tokens; H heads of D numbers, n to each of G keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from ..ops.split import in_tf32
+
+ATTENTION = "peftlab_short_rows"
+LONGEST = 128  # tokens of a row, beyond which the square of all scores costs more memory than it saves time
+LEAST = torch.finfo(torch.float32).min  # a score: finite, since a row of padding may see nothing
+Recipe = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+
+
+def lean(model: nn.Module) -> None:
+    """Make a causal model's norms, activations, gated layers and attention lean; what they compute stays the same.
+
+    What a norm or an activation gives is the input of LoRA layers, which would keep it beside what it was made of.
+    `QuickLora` keeps how to make it again instead (`recipe`).
+    """
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm | nn.LayerNorm | nn.GELU):
+            module.register_forward_hook(_with_recipe)
+        elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
+            module.__class__ = LeanMLP
+    config: Any = model.config
+    if config._attn_implementation == "sdpa":
+        config._attn_implementation = ATTENTION
+
+
+def recipe(x: Tensor) -> Recipe:
+    """A function, and the tensors of which it makes x again; of a tensor like any other itself."""
+    found: Recipe = getattr(x, "recipe", None) or (_itself, (x,))
+    return found
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _with_recipe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    if output.requires_grad:
+        output.recipe = module.forward, (args[0].detach(),)  # type: ignore[attr-defined]
+
+
+class LeanMLP(LlamaMLP):
+    """The gated layers of a Llama-class model. Of what is as wide as they are two tensors are kept for four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product: Tensor = _Gated.apply(gate, up)
+        if product.requires_grad:
+            product.recipe = _gated, (gate.detach(), up.detach())  # type: ignore[attr-defined]
+        made: Tensor = self.down_proj(product)
+        return made
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) up. Keeps gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gated(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, None]:
+    """What transformers asks of an attention: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D), and None.
+
+    Short rows of float32 with a mask (B, 1, T, T), True where a token is seen, are attended to by plain products;
+    all others by `scaled_dot_product_attention`.
+    """
+    length = query.shape[2]
+    plain = query.dtype == torch.float32 and length == key.shape[2] <= LONGEST and not given.get("dropout")
+    seen = attention_mask
+    if seen is None or seen.dtype != torch.bool or not plain:
+        made: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+        return made
+    out: Tensor = _ShortRows.apply(query, key, value, seen, given.get("scaling") or query.shape[-1] ** -0.5)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _ShortRows(torch.autograd.Function):
+    """softmax(s Q K^T) V with all scores at once; its gradients in TF32. The n heads of a key are rows of one product.
+
+    Keeps the probabilities, B H T^2 of them, where fused kernels keep what they gave and a key for each head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+        rows, heads, length, width = query.shape
+        shared = key.shape[1]
+        q = query.reshape(rows * shared, -1, width)
+        k, v = (part.reshape(rows * shared, length, width) for part in (key, value))
+        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+        scores.view(rows, heads, length, length).masked_fill_(~seen, LEAST)
+        chances = scores.softmax(-1)
+        ctx.save_for_backward(q, k, v, chances)
+        ctx.scale, ctx.shape = scale, query.shape
+        return (chances @ v).view(query.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, chances = ctx.saved_tensors
+        rows, _, length, width = ctx.shape
+        gradient = gradient.reshape(q.shape)
+        with in_tf32(q.is_cuda):
+            of_chances = gradient @ v.transpose(1, 2)
+            of_scores = torch._softmax_backward_data(of_chances, chances, -1, torch.float32).mul_(ctx.scale)
+            of_query = (of_scores @ k).view(ctx.shape)
+            of_key, of_value = of_scores.transpose(1, 2) @ q, chances.transpose(1, 2) @ gradient
+        shape = rows, -1, length, width
+        return of_query, of_key.view(shape), of_value.view(shape), None, None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,97 @@
+"""Lean passes: the numbers and gradients of the plain ones, and less kept between forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_quick import IDS, MASK, adapted
+from torch.nn.functional import scaled_dot_product_attention
+
+from peftlab.models import lean as lean_module
+from peftlab.models.backbone import causal_logits
+from peftlab.models.lean import ATTENTION, attention, lean
+from peftlab.ops.masks import position_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def passed(model) -> tuple[list[torch.Tensor], int]:
+    """States and gradients of a pass with a mask of four dimensions, as captured passes bring it; numbers kept."""
+    model.zero_grad()
+    causal = torch.ones(7, 7, dtype=torch.bool).tril() & MASK[:, None, None] | torch.eye(7, dtype=torch.bool)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    body = model.get_base_model().base_model
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states = body(
+            input_ids=IDS, attention_mask=causal, position_ids=position_ids(MASK), use_cache=False
+        ).last_hidden_state
+    fixed = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    numbers = sum(count for pointer, count in kept.items() if pointer not in fixed)
+    slopes = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
+    (states * slopes)[MASK].sum().backward()
+    return [states[MASK].detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)], numbers
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_lean_passes_say_and_learn_what_plain_ones_do_and_keep_less(tiny_causal, architecture):
+    model = adapted(tiny_causal, architecture)
+    plain, much = passed(model)
+    lean(model.get_base_model())
+    ours, little = passed(model)
+    assert len(ours) == len(plain) > 8
+    for one, other in zip(ours, plain, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+    print(architecture, much, little)
+    assert little < 0.8 * much
+
+
+def test_a_lean_model_takes_a_mask_of_two_dimensions(tiny_causal):
+    model = adapted(tiny_causal, "llama")
+    before = causal_logits(model, IDS, MASK, 3)
+    lean(model.get_base_model())
+    torch.testing.assert_close(causal_logits(model, IDS, MASK, 3), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2)])
+def test_attention_of_short_rows_is_sdpa(monkeypatch, heads, shared):
+    torch.manual_seed(0)
+    query = torch.randn(3, 5, heads, 8).transpose(1, 2).requires_grad_()
+    key, value = (torch.randn(3, shared, 5, 8, requires_grad=True) for _ in range(2))
+    seen = torch.rand(3, 1, 5, 5) < 0.5
+    seen |= torch.eye(5, dtype=torch.bool)
+    slopes = torch.randn(3, 5, heads, 8)
+
+    def told(made: torch.Tensor) -> list[torch.Tensor]:
+        return [made.detach(), *torch.autograd.grad(made, (query, key, value), slopes)]
+
+    monkeypatch.setattr(lean_module, "sdpa_attention_forward", None)
+    ours = told(attention(torch.nn.Module(), query, key, value, seen, scaling=0.3)[0])
+    each = [part.repeat_interleave(heads // shared, 1) for part in (key, value)]
+    theirs = told(scaled_dot_product_attention(query, *each, attn_mask=seen, scale=0.3).transpose(1, 2))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_not_short_float32_rows_with_a_mask_goes_to_sdpa(monkeypatch):
+    monkeypatch.setattr(lean_module, "sdpa_attention_forward", lambda *_, **__: "sdpa")
+    x = torch.zeros(1, 2, 4, 8)
+    seen = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    long, whole = torch.zeros(1, 2, 129, 8), torch.ones(1, 1, 129, 129, dtype=torch.bool)
+    others = {
+        "no mask": (x, x, None, {}),
+        "bfloat16": (x.bfloat16(), x.bfloat16(), seen, {}),
+        "one query": (x[:, :, :1], x, seen[:, :, :1], {}),
+        "numbers to be added": (x, x, seen.float(), {}),
+        "long": (long, long, whole, {}),
+        "dropout": (x, x, seen, {"dropout": 0.1}),
+    }
+    for what, (query, key, mask, given) in others.items():
+        assert attention(torch.nn.Module(), query, key, key, mask, **given) == "sdpa", what
+    assert attention(torch.nn.Module(), x, x, x, seen)[0].shape == (1, 4, 2, 8)
+    assert ATTENTION in lean_module.ALL_ATTENTION_FUNCTIONS
