@@ -97,6 +97,14 @@ def test_a_run_without_rollouts_says_what_it_has_instead(here):
     assert "demo/ppo" in told["demo"].err and peftlab("inspect demo/ppo").code == 0
 
 
+def test_a_run_that_failed_says_why_it_has_no_rollouts(here):
+    refused = peftlab("ppo ppo-tiny model=tiny-gpt3 --run wrong")
+    told = peftlab("inspect wrong")
+    reason = refused.err.splitlines()[-1].removeprefix("peftlab: ")
+    assert "did you mean tiny-gpt2" in reason and (told.code, told.out) == (2, "")
+    assert f"run wrong has no rollouts; failed: {reason}" in told.err
+
+
 def test_all_answers_of_rloo_to_a_prompt_are_shown(here):
     answers = [rollout_row(1, "a", score=score) for score in (1.0, -1.0, 0.5, 0.0)]
     record(here / "runs", answers, "rloo", "rloo")

@@ -40,6 +40,12 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
 
 
+def command_for(run: str) -> str:
+    """The command that makes the run of this name, where a shipped config is called alike; else nothing."""
+    path = shipped_configs().get(run)
+    return f"peftlab {tomllib.loads(path.read_text(encoding='utf-8'))['recipe']} {run}" if path else ""
+
+
 def load_config(cls: type[C], source: str | None, overrides: Sequence[str] = ()) -> C:
     """Read `source` (a TOML file, or a shipped name; None = the defaults) and apply `key=value` overrides.
 
