@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftlab import cli
+from peftlab.cli.runs import runs_list
 from peftlab.cli.shared import print_rows
 from peftlab.config import load_config, shipped_configs
 from peftlab.errors import Interrupted, LabError, UserError
@@ -127,11 +128,23 @@ def test_runs_and_report_of_runs(place):
 def test_a_reason_of_many_lines_keeps_the_table_of_runs_narrow(place):
     fake_runs.sft_run(place / "runs", "mine")
     summary = place / "runs" / "mine" / "summary.json"
-    reason = "6 of 7 rows are not usable:\n" + "bad.jsonl:1: text: missing\n" * 9
+    reason = "6 of 7 rows are not usable:\n" + "bad.jsonl:1: text: missing\n" * 9 + "on_bad_row=skip leaves them out"
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "failed", "reason": reason}))
     lines = told("runs").splitlines()
-    assert len(lines) == 2 and "6 of 7 rows are not usable:" in lines[1] and len(lines[1]) < 160
+    assert len(lines) == 2 and len(lines[1]) < 160
+    assert "6 of 7 rows are not usable: ... on_bad_row=skip leaves them out" in lines[1]
     assert json.loads(told("runs --json"))[0]["reason"] == reason
+
+
+def test_the_remedy_at_the_end_of_a_reason_is_not_cut(place, monkeypatch):
+    refused = peftlab("sft sft-tiny model=tiny-gpt3 --run mine")
+    reason = refused.err.splitlines()[-1].removeprefix("peftlab: ")
+    assert refused.code == 2 and "did you mean tiny-gpt2?" in reason and reason in told("runs")
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.redirect_stdout(Screen()) as out:
+        runs_list()
+    lines = out.getvalue().splitlines()
+    assert reason in " ".join(out.getvalue().split()) and max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("verb", RECIPES)

@@ -43,12 +43,16 @@ def runs_list(as_json: Json = False) -> None:
 
 
 def _told(row: dict[str, Any]) -> dict[str, str | int | None]:
-    """What a person reads of a run in a line: whole seconds, the minute it began in (UTC), the reason's first line."""
+    """What a person reads of a run in a line: whole seconds, the minute it began in (UTC), the reason.
+
+    Of a reason of many lines the first, which says what is wrong, and the last, which says what to do about it.
+    """
+    lines = (row["reason"] or "").splitlines()
     seconds, started = row["seconds"], str(row["started"] or "")[:16].replace("T", " ")
     return {
         "seconds": None if seconds is None else round(seconds),
         "started": f"{started}Z" if started else None,
-        "reason": short(row["reason"]),
+        "reason": " ... ".join(lines if len(lines) < 3 else [lines[0], lines[-1]]) or None,
     }
 
 
