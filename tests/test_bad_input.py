@@ -153,6 +153,9 @@ TRAINING = {
 OTHER = {
     "predict {reward}": ["--text", "--input"],
     "predict {reward} --text a --input b": ["--text", "--input"],
+    "predict {reward} --text ''": ["--text", "empty"],
+    "predict {reward} --text ' \n'": ["--text", "empty"],
+    "predict {reward} --input blank.jsonl": ["blank.jsonl:1", "`text` is empty"],
     "predict {reward} --input missing.jsonl": ["missing.jsonl", "no such file"],
     "predict {reward} --input torn.jsonl": ["torn.jsonl:2", "JSON"],
     "predict {reward} --input list.jsonl": ["list.jsonl:1", "text"],
