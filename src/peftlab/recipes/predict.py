@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..evaluation.summaries import SummaryFormat, summarize
 from ..models.adapter_files import load_stack
+from ..models.catalog import resolve
 from ..models.classifier import TextClassifier
 from ..models.reward_model import RewardModel
 from ..models.stacks import kind_of
@@ -34,6 +35,11 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
     kind = kind_of(adapter)
     if kind == "reward" and source is None:
         raise UserError(f"predict: {adapter} scores an answer to a prompt; give --input with `prompt` and `completion`")
+    if source is None and resolve(adapter).kind == "causal":
+        raise UserError(
+            f"predict: {adapter} is a base model, which only continues a text; "
+            f"`peftlab generate {adapter} --prompt TEXT` does that"
+        )
     wanted = ANSWER if kind == "reward" else INPUT
     rows = [{"id": 0, "text": text}] if source is None else _read(source, wanted)
     verb = {"classifier": _classify, "seq2seq": _summarize, "reward": _score}.get(kind, _continue)
