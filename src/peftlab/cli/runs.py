@@ -253,9 +253,15 @@ def doctor(
         print_value(findings, True)
     else:
         print_value(findings["environment"], False)
-        print_rows([check | {"ok": "yes" if check["ok"] else "NO"} for check in findings["checks"]], False)
+        print_rows([_check(**check) for check in findings["checks"]], False)
     if not all(check["ok"] for check in findings["checks"]):
         raise typer.Exit(1)
+
+
+def _check(name: str, value: float, bound: str, limit: float, ok: bool, detail: str) -> dict[str, Any]:
+    """A check in a line: its limit with what the value is to be to it, as in "<= 1e-05"; one that fails shouts."""
+    told = {"name": name, "value": value, "limit": f"{bound} {cell(limit)}"}
+    return {**told, "ok": "yes" if ok else "NO", "detail": detail}
 
 
 def _with_interval(value: float | None, ends: list[float] | None) -> str:
