@@ -210,6 +210,10 @@ def test_models_lists_what_loads_offline():
     assert [row["name"] for row in rows] == known_names()
     assert set(CONVERTED) < {row["name"] for row in rows}
     assert all(row["size"] > 1000 and row["licence"] and row["kind"] for row in rows)
+    bases = {row["name"]: row["base"] for row in rows}
+    assert {bases[row["name"]] is None for row in rows if row["kind"] != "adapter"} == {True}
+    assert {bases[row["name"]] for row in rows if row["kind"] == "adapter"} <= bases.keys() - {None}
+    assert (bases["imdb-judge"], bases["tiny-critic"]) == ("smollm2-135m", "tiny-gpt2")
     header, *lines = told("models").splitlines()
     assert len(lines) == len(rows) and header.split()[-1] == "size"
     for line, row in zip(lines, rows, strict=True):
