@@ -145,6 +145,9 @@ def test_colours_need_a_terminal_and_text_cannot_steer_it(tmp_path):
     plain = screen(rows, "kl", scales, 120, alarms, HOSTILE)
     assert set(re.findall(r"\x1b\[([\d;]*)m", colour)) <= {"0", "1", "2", "36", "35", "7;36", "7;35", "1;31"}
     assert "by KL: + the policy likes the token more" in " ".join(plain.split())
+    full = scales["kl"]
+    assert f"; the signs in column kl say which, strong from {full / 2:.2g} on" in " ".join(plain.split())
+    assert "reversed" in colour and "reversed" not in plain and "signs" not in colour
     for out in (re.sub(r"\x1b\[[\d;]*m", "", colour), plain):
         assert not set("\x1b\x07\x9b\u202e\r\ud800") & set(out)
         seen = out.replace("\n", "")
