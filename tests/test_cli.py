@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from peftlab import cli
 from peftlab.cli.runs import runs_list
 from peftlab.cli.shared import print_rows
-from peftlab.config import load_config, shipped_configs
+from peftlab.config import keys, load_config, refuse_unknown, shipped_configs
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
 from peftlab.recipes import RECIPES, load
+from peftlab.recipes.declared import declared_keys
 from peftlab.runs.progress import folded, say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,17 +67,48 @@ def test_help_names_every_verb_and_every_verb_has_help():
         assert verb not in RECIPES or all(f" {name} " in text for name in ("--run", "--resume", "--dry-run", "--json"))
 
 
-@pytest.mark.parametrize("line", ["--help", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"])
-def test_what_needs_no_model_loads_no_library(line, place):
-    tiny.write_rows(place / "rows.jsonl", tiny.reviews(4))
+def loaded(line: str) -> list[str]:
+    """What a command says on standard error, and in a last line its exit code and the heavy libraries it imported."""
     code = (
         "import sys; from peftlab import cli\n"
         f"sys.argv = {['peftlab', *line.split()]}\n"
         "try: cli.main()\nexcept SystemExit as end: code = end.code\n"
         f"print(code, *sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == "0\n"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.splitlines()
+
+
+@pytest.mark.parametrize("line", ["--help", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"])
+def test_what_needs_no_model_loads_no_library(line, place):
+    tiny.write_rows(place / "rows.jsonl", tiny.reviews(4))
+    assert loaded(line) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sfft sft-tiny", "No such command 'sfft'"),
+        ("sft sft-tyni", "did you mean sft-tiny?"),
+        ("ppo sft-tiny", "this config is for `peftlab sft`"),
+        ("sft sft-tiny setps=3", "sft-tiny: unknown key setps; did you mean"),
+        ("ppo lora.rank=3 --dry-run", "the command line: unknown key lora.rank; did you mean lora.r?"),
+        ("dpo zzz.x=1 qqq=2", "unknown key zzz; known keys: recipe, task, model"),
+        ("dpo zzz.x=1 qqq=2", "; unknown key qqq"),
+    ],
+)
+def test_a_typo_is_told_before_any_library_loads(line, message):
+    *told, end = loaded(line)
+    assert message in " ".join(told) and end == "2"
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_the_keys_read_off_the_source_are_those_of_the_config(verb):
+    known = keys(load(verb).CONFIG)
+    assert sorted(declared_keys(verb)) == sorted(known)
+    tables = [f"{key}.text=a" for key in known if key == "columns"] + ["lora=3"] * ("lora.r" in known)
+    others = [f"{key}=1" for key in known if key != "recipe"]
+    for pair in (*others, *tables):  # a value of the wrong kind is for the class to refuse
+        refuse_unknown(declared_keys(verb), verb, None, [pair])
 
 
 def test_data_check_names_each_bad_row_by_line_and_counts(place):

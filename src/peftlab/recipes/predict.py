@@ -111,7 +111,7 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
         if not all(isinstance(value, str) for value in found.values()):
             told = " and ".join(map(_alternatives, wanted.values()))
             raise UserError(f"{path}:{number}: expected an object with a string {told}")
-        blank = next((name for name, value in found.items() if name != MAY_BE_EMPTY and not value.strip()), None)
+        blank = next((name for name, value in found.items() if name != MAY_BE_EMPTY and not str(value).strip()), None)
         if blank is not None:
             field = next(f for f in wanted[blank] if f in given)
             raise UserError(f"{path}:{number}: `{field}` is empty; give a text, or take the row out")
