@@ -153,6 +153,9 @@ TRAINING = {
 OTHER = {
     "predict {reward}": ["--text", "--input"],
     "predict {reward} --text a --input b": ["--text", "--input"],
+    "predict {reward} --text ''": ["--text", "empty"],
+    "predict {reward} --text ' \n'": ["--text", "empty"],
+    "predict {reward} --input blank.jsonl": ["blank.jsonl:1", "`text` is empty"],
     "predict {reward} --input missing.jsonl": ["missing.jsonl", "no such file"],
     "predict {reward} --input torn.jsonl": ["torn.jsonl:2", "JSON"],
     "predict {reward} --input list.jsonl": ["list.jsonl:1", "text"],
@@ -162,6 +165,7 @@ OTHER = {
     "predict {reward} --text good --device gpu": ["device", "'gpu'", "auto"],
     "predict imdb-sentimnet --text good": ["did you mean imdb-sentiment"],
     "predict {encoder} --text good": ["encoder"],
+    "predict {gpt2} --text good": ["base model", "peftlab generate", "--prompt"],
     "predict {changed} --text good": ["sha256", "restore"],
     "predict {moved} --text good": ["encoder-moved", "another"],
     "generate {reward} --prompt good": ["classifier", "peftlab predict"],

@@ -111,6 +111,7 @@ def test_listing_pulls_nothing(bundled, tmp_path):
         ("someone/smollm2-135m", "the Hub did not give it"),
         ("../bundled", "no such folder"),
         ("runs/none", "no such folder; known offline"),
+        ("runs/dpo-tiny", "no such folder; run `peftlab dpo dpo-tiny` first; known offline"),
         ("runs/sft-tny", "no such folder; did you mean runs/sft-tiny"),
         ("sft-tiny", "did you mean runs/sft-tiny"),
         ("critc", "did you mean the persona critic .*--persona critic"),
@@ -143,6 +144,12 @@ def test_a_folder_that_is_no_model_is_one_message(config, message, tmp_path):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError, match=message):
+        resolve(str(tmp_path))
+
+
+def test_a_run_that_left_no_model_is_called_one(tmp_path):
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UserError, match="it is a run that left none: `peftlab runs list` says why"):
         resolve(str(tmp_path))
 
 

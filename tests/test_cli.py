@@ -22,11 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftlab import cli
+from peftlab.cli.runs import runs_list
 from peftlab.cli.shared import print_rows
-from peftlab.config import load_config, shipped_configs
+from peftlab.config import keys, load_config, refuse_unknown, shipped_configs
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
 from peftlab.recipes import RECIPES, load
+from peftlab.recipes.declared import declared_keys
 from peftlab.runs.progress import folded, say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,17 +67,48 @@ def test_help_names_every_verb_and_every_verb_has_help():
         assert verb not in RECIPES or all(f" {name} " in text for name in ("--run", "--resume", "--dry-run", "--json"))
 
 
-@pytest.mark.parametrize("line", ["--help", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"])
-def test_what_needs_no_model_loads_no_library(line, place):
-    tiny.write_rows(place / "rows.jsonl", tiny.reviews(4))
+def loaded(line: str) -> list[str]:
+    """What a command says on standard error, and in a last line its exit code and the heavy libraries it imported."""
     code = (
         "import sys; from peftlab import cli\n"
         f"sys.argv = {['peftlab', *line.split()]}\n"
         "try: cli.main()\nexcept SystemExit as end: code = end.code\n"
         f"print(code, *sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == "0\n"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.splitlines()
+
+
+@pytest.mark.parametrize("line", ["--help", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"])
+def test_what_needs_no_model_loads_no_library(line, place):
+    tiny.write_rows(place / "rows.jsonl", tiny.reviews(4))
+    assert loaded(line) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sfft sft-tiny", "No such command 'sfft'"),
+        ("sft sft-tyni", "did you mean sft-tiny?"),
+        ("ppo sft-tiny", "this config is for `peftlab sft`"),
+        ("sft sft-tiny setps=3", "sft-tiny: unknown key setps; did you mean"),
+        ("ppo lora.rank=3 --dry-run", "the command line: unknown key lora.rank; did you mean lora.r?"),
+        ("dpo zzz.x=1 qqq=2", "unknown key zzz; known keys: recipe, task, model"),
+        ("dpo zzz.x=1 qqq=2", "; unknown key qqq"),
+    ],
+)
+def test_a_typo_is_told_before_any_library_loads(line, message):
+    *told, end = loaded(line)
+    assert message in " ".join(told) and end == "2"
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_the_keys_read_off_the_source_are_those_of_the_config(verb):
+    known = keys(load(verb).CONFIG)
+    assert sorted(declared_keys(verb)) == sorted(known)
+    tables = [f"{key}.text=a" for key in known if key == "columns"] + ["lora=3"] * ("lora.r" in known)
+    others = [f"{key}=1" for key in known if key != "recipe"]
+    for pair in (*others, *tables):  # a value of the wrong kind is for the class to refuse
+        refuse_unknown(declared_keys(verb), verb, None, [pair])
 
 
 def test_data_check_names_each_bad_row_by_line_and_counts(place):
@@ -127,11 +160,23 @@ def test_runs_and_report_of_runs(place):
 def test_a_reason_of_many_lines_keeps_the_table_of_runs_narrow(place):
     fake_runs.sft_run(place / "runs", "mine")
     summary = place / "runs" / "mine" / "summary.json"
-    reason = "6 of 7 rows are not usable:\n" + "bad.jsonl:1: text: missing\n" * 9
+    reason = "6 of 7 rows are not usable:\n" + "bad.jsonl:1: text: missing\n" * 9 + "on_bad_row=skip leaves them out"
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "failed", "reason": reason}))
     lines = told("runs").splitlines()
-    assert len(lines) == 2 and "6 of 7 rows are not usable:" in lines[1] and len(lines[1]) < 160
+    assert len(lines) == 2 and len(lines[1]) < 160
+    assert "6 of 7 rows are not usable: ... on_bad_row=skip leaves them out" in lines[1]
     assert json.loads(told("runs --json"))[0]["reason"] == reason
+
+
+def test_the_remedy_at_the_end_of_a_reason_is_not_cut(place, monkeypatch):
+    refused = peftlab("sft sft-tiny model=tiny-gpt3 --run mine")
+    reason = refused.err.splitlines()[-1].removeprefix("peftlab: ")
+    assert refused.code == 2 and "did you mean tiny-gpt2?" in reason and reason in told("runs")
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.redirect_stdout(Screen()) as out:
+        runs_list()
+    lines = out.getvalue().splitlines()
+    assert reason in " ".join(out.getvalue().split()) and max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("verb", RECIPES)
@@ -166,12 +211,18 @@ def test_doctor_finds_tiny_gpt2_fit(monkeypatch):
     checks = {check["name"]: check for check in findings["checks"]}
     assert len(checks) == len(findings["checks"]) >= 8
     for check in checks.values():
-        assert check.keys() == {"name", "value", "limit", "ok", "detail"}
+        assert check.keys() == {"name", "value", "bound", "limit", "ok", "detail"}
         assert check["ok"] is True and math.isfinite(check["value"]) and check["detail"], check
     assert (checks["invariant/first_kl"]["value"], checks["invariant/first_ratio_error"]["limit"]) == (0.0, 1e-5)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     table = told("doctor --device cpu")
     assert re.search(r"^hub_offline +no$", table, re.M) and "NO" not in table, "only a check that fails shouts"
+    assert re.search(r"^model +tiny-gpt2$", table, re.M) and findings["environment"]["base"] == "tiny-gpt2"
+    told_to_be = dict(re.findall(r"^(\w+/\w+) +\S+ +([<=>]+ \S+) +yes", table, re.M))
+    assert {name: bound.split()[0] for name, bound in told_to_be.items()} == {n: c["bound"] for n, c in checks.items()}
+    for check in checks.values():
+        assert eval("{value} {bound} {limit}".format(**check)), check
+    assert told_to_be["training/adapter_moved"] == "> 0" and told_to_be["invariant/first_kl"] == "== 0"
     assert findings["environment"]["device"] == "cpu" and findings["environment"]["bytes_per_role"]
 
 
@@ -191,6 +242,10 @@ def test_models_lists_what_loads_offline():
     assert [row["name"] for row in rows] == known_names()
     assert set(CONVERTED) < {row["name"] for row in rows}
     assert all(row["size"] > 1000 and row["licence"] and row["kind"] for row in rows)
+    bases = {row["name"]: row["base"] for row in rows}
+    assert {bases[row["name"]] is None for row in rows if row["kind"] != "adapter"} == {True}
+    assert {bases[row["name"]] for row in rows if row["kind"] == "adapter"} <= bases.keys() - {None}
+    assert (bases["imdb-judge"], bases["tiny-critic"]) == ("smollm2-135m", "tiny-gpt2")
     header, *lines = told("models").splitlines()
     assert len(lines) == len(rows) and header.split()[-1] == "size"
     for line, row in zip(lines, rows, strict=True):

@@ -97,6 +97,14 @@ def test_a_run_without_rollouts_says_what_it_has_instead(here):
     assert "demo/ppo" in told["demo"].err and peftlab("inspect demo/ppo").code == 0
 
 
+def test_a_run_that_failed_says_why_it_has_no_rollouts(here):
+    refused = peftlab("ppo ppo-tiny model=tiny-gpt3 --run wrong")
+    told = peftlab("inspect wrong")
+    reason = refused.err.splitlines()[-1].removeprefix("peftlab: ")
+    assert "did you mean tiny-gpt2" in reason and (told.code, told.out) == (2, "")
+    assert f"run wrong has no rollouts; failed: {reason}" in told.err
+
+
 def test_all_answers_of_rloo_to_a_prompt_are_shown(here):
     answers = [rollout_row(1, "a", score=score) for score in (1.0, -1.0, 0.5, 0.0)]
     record(here / "runs", answers, "rloo", "rloo")
@@ -137,6 +145,9 @@ def test_colours_need_a_terminal_and_text_cannot_steer_it(tmp_path):
     plain = screen(rows, "kl", scales, 120, alarms, HOSTILE)
     assert set(re.findall(r"\x1b\[([\d;]*)m", colour)) <= {"0", "1", "2", "36", "35", "7;36", "7;35", "1;31"}
     assert "by KL: + the policy likes the token more" in " ".join(plain.split())
+    full = scales["kl"]
+    assert f"; the signs in column kl say which, strong from {full / 2:.2g} on" in " ".join(plain.split())
+    assert "reversed" in colour and "reversed" not in plain and "signs" not in colour
     for out in (re.sub(r"\x1b\[[\d;]*m", "", colour), plain):
         assert not set("\x1b\x07\x9b\u202e\r\ud800") & set(out)
         seen = out.replace("\n", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_against_a_model_by_a_reward_of_ones_own(shop):
     for model in ("{gpt2}", "{gpt2b}"):
         found = told(f"ppo --against {model} --by 'rubric:length + 2*rubric:ended' --samples 2", **shop)
         assert found["by"] == "rubric:length + 2*rubric:ended" and 0 <= found["baseline"]["eval/reward"] <= 3
-    table = peftlab("eval ppo --against {gpt2} --device cpu", **shop).out
+    done = peftlab("eval ppo --against {gpt2} --device cpu", **shop)
+    assert re.findall(r"texts written by (.+), \d+ a second", done.err) == ["the policy", shop["gpt2"]]
+    table = done.out
     assert "compare/win_rate_length_matched" in table and "baseline" in table
 
 

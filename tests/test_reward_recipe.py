@@ -225,6 +225,13 @@ def test_predict_scores_answers_and_eval_scores_pairs(shop, trained, tmp_path):
     answers = list(read_rows(tmp_path / "out.jsonl"))
     assert [a["id"] for a in answers] == [r["id"] for r in rows] and all(a.keys() == {"id", "score"} for a in answers)
     assert all(a["score"] > b["score"] for a, b in zip(answers[::2], answers[1::2], strict=True))
+    blank = {"silent": {"prompt": "a", "completion": ""}, "unasked": {"prompt": " ", "completion": "a"}}
+    for name, row in blank.items():
+        tiny.write_rows(tmp_path / name, [row])
+    silent, unasked = (peftlab("predict {run} --input {rows} --device cpu", run=str(trained), rows=str(tmp_path / name))
+                       for name in blank)
+    assert silent.code == 0 and "score" in silent.out, "an answer may be empty"
+    assert unasked.code == 2 and "unasked:1: `prompt` is empty" in unasked.err
     told = peftlab("eval {run} --data {data} --json --device cpu", run=str(trained), data=shop["test"])
     summary = json.loads((trained / "summary.json").read_text())
     found = json.loads(told.out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -40,26 +40,27 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
 
 
+def command_for(run: str) -> str:
+    """The command that makes the run of this name, where a shipped config is called alike; else nothing."""
+    path = shipped_configs().get(run)
+    return f"peftlab {tomllib.loads(path.read_text(encoding='utf-8'))['recipe']} {run}" if path else ""
+
+
 def load_config(cls: type[C], source: str | None, overrides: Sequence[str] = ()) -> C:
     """Read `source` (a TOML file, or a shipped name; None = the defaults) and apply `key=value` overrides.
 
     Raises UserError naming the file or the override, the key, and the nearest known key.
     """
-    data: dict[str, Any] = {}
-    origin = "the command line"
-    if source is not None:
-        path = _find(source)
-        origin = str(path) if path.parent != SHIPPED else source
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{origin}: not valid TOML: {error}") from None
     recipe = cls.model_fields["recipe"].default if "recipe" in cls.model_fields else None
-    if recipe is not None and data.get("recipe", recipe) != recipe:
-        raise UserError(f"{origin}: this config is for `peftlab {data['recipe']}`, not for `peftlab {recipe}`")
-    for override in overrides:
-        _apply(cls, data, override)
+    data, origin = _read(cls, recipe, source, overrides)
     return validated(cls, data, origin)
+
+
+def refuse_unknown(known: Sequence[str], recipe: str, source: str | None, overrides: Sequence[str] = ()) -> None:
+    """The errors of `load_config` that need no class, only the `known` keys of a recipe's, with dots for tables."""
+    data, origin = _read(Config, recipe, source, overrides)
+    if unknown := list(_strangers(data, known)):
+        raise UserError(f"{origin}: " + "; ".join(_unknown(key, known) for key in unknown))
 
 
 def validated(cls: type[C], data: Mapping[str, Any], origin: str) -> C:
@@ -87,6 +88,36 @@ def keys(cls: type[Config], prefix: str = "") -> list[str]:
         else:
             names.append(prefix + name)
     return names
+
+
+def _read(
+    cls: type[Config], recipe: str | None, source: str | None, overrides: Sequence[str]
+) -> tuple[dict[str, Any], str]:
+    """What a file and the overrides say, not yet looked at, and where most of it is from."""
+    data: dict[str, Any] = {}
+    origin = "the command line"
+    if source is not None:
+        path = _find(source)
+        origin = str(path) if path.parent != SHIPPED else source
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{origin}: not valid TOML: {error}") from None
+    if recipe is not None and data.get("recipe", recipe) != recipe:
+        raise UserError(f"{origin}: this config is for `peftlab {data['recipe']}`, not for `peftlab {recipe}`")
+    for override in overrides:
+        _apply(cls, data, override)
+    return data, origin
+
+
+def _strangers(table: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
+    """The keys of a table that are neither known nor a table of known ones."""
+    for key, value in table.items():
+        name = prefix + key
+        if name not in known and not any(other.startswith(f"{name}.") for other in known):
+            yield name
+        elif name not in known and isinstance(value, Mapping):
+            yield from _strangers(value, known, f"{name}.")
 
 
 def _find(source: str) -> Path:
@@ -145,11 +176,14 @@ def _value(text: str) -> Any:
 def _explain(cls: type[Config], error: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, keys(cls), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(keys(cls))}"
-        return f"unknown key {key}{hint}"
+        return _unknown(key, keys(cls))
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}, not {error['input']!r}" if key else message
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}")
 
 
 def _lines(table: Mapping[str, Any], tables: list[str], prefix: str = "") -> list[str]:

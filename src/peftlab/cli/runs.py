@@ -43,12 +43,16 @@ def runs_list(as_json: Json = False) -> None:
 
 
 def _told(row: dict[str, Any]) -> dict[str, str | int | None]:
-    """What a person reads of a run in a line: whole seconds, the minute it began in (UTC), the reason's first line."""
+    """What a person reads of a run in a line: whole seconds, the minute it began in (UTC), the reason.
+
+    Of a reason of many lines the first, which says what is wrong, and the last, which says what to do about it.
+    """
+    lines = (row["reason"] or "").splitlines()
     seconds, started = row["seconds"], str(row["started"] or "")[:16].replace("T", " ")
     return {
         "seconds": None if seconds is None else round(seconds),
         "started": f"{started}Z" if started else None,
-        "reason": short(row["reason"]),
+        "reason": " ... ".join(lines if len(lines) < 3 else [lines[0], lines[-1]]) or None,
     }
 
 
@@ -249,9 +253,15 @@ def doctor(
         print_value(findings, True)
     else:
         print_value(findings["environment"], False)
-        print_rows([check | {"ok": "yes" if check["ok"] else "NO"} for check in findings["checks"]], False)
+        print_rows([_check(**check) for check in findings["checks"]], False)
     if not all(check["ok"] for check in findings["checks"]):
         raise typer.Exit(1)
+
+
+def _check(name: str, value: float, bound: str, limit: float, ok: bool, detail: str) -> dict[str, Any]:
+    """A check in a line: its limit with what the value is to be to it, as in "<= 1e-05"; one that fails shouts."""
+    told = {"name": name, "value": value, "limit": f"{bound} {cell(limit)}"}
+    return {**told, "ok": "yes" if ok else "NO", "detail": detail}
 
 
 def _with_interval(value: float | None, ends: list[float] | None) -> str:

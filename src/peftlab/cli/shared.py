@@ -87,10 +87,10 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, may_go: Sequence[str] 
         print(folded(text, sys.stdout, last))
 
 
-def short(reason: str | None, most: int = 60) -> str | None:
-    """The first line of a reason, cut: one that lists bad rows would push every column off the screen."""
-    line = (reason or "").partition("\n")[0]
-    return (line if len(line) <= most else line[: most - 3] + "...") or None
+def short(text: str, most: int) -> str:
+    """The first line of a text, cut: a long one would push every column off the screen."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def interval(found: dict[str, Any], name: str) -> str | None:

@@ -38,14 +38,17 @@ def _training_verb(verb: str, summary: str, *commands: str) -> None:
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
+        from ..recipes.declared import check_keys
+
+        pairs = list(overrides or [])
+        if config is not None and "=" in config and not Path(config).exists():
+            pairs, config = [config, *pairs], None
+        check_keys(verb, config, pairs)
         _begin(quiet)
         from ..recipes.launch import dry_run as show
         from ..recipes.launch import launch
         from ..runs.launched import rank
 
-        pairs = list(overrides or [])
-        if config is not None and "=" in config and not Path(config).exists():
-            pairs, config = [config, *pairs], None
         if dry_run:
             plan = show(verb, config, pairs)
             if rank() == 0:

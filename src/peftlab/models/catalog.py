@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..config import command_for
 from ..data.pull import WHEELS, cache_home, derived
 from ..errors import UserError
 from .personas import persona_files
@@ -80,7 +81,9 @@ def resolve(name: str) -> Entry:
     if name and _is_folder(name):
         return _folder(name, Path(name), "unknown", "path")
     if not name or "\0" in name or name.startswith((".", "/", "~", "runs/")):
-        raise UserError(f"model {name!r}: no such folder; {_hint(name) or f'known offline: {OFFLINE}'}")
+        command = command_for(name.removeprefix("runs/")) if name.startswith("runs/") else ""
+        first = f"run `{command}` first; " if command else ""
+        raise UserError(f"model {name!r}: no such folder; {first}{_hint(name) or f'known offline: {OFFLINE}'}")
     near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.75)
     if near and "/" not in name:  # OWNER/NAME is a Hub id, however much it resembles ours
         raise UserError(f"model {name}: no such model or folder; did you mean {near[0]}?")
@@ -146,7 +149,8 @@ def _kind(name: str, path: Path) -> Kind:
     try:
         config: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"model {name}: {path} has no config.json or adapter_config.json") from None
+        run = "; it is a run that left none: `peftlab runs list` says why" if (path / "config.toml").is_file() else ""
+        raise UserError(f"model {name}: {path} has no config.json or adapter_config.json{run}") from None
     except ValueError as error:
         raise UserError(f"model {name}: {path / 'config.json'} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:

@@ -1,7 +1,8 @@
-"""Is this machine, and this model with its adapters, fit to train on? Every check has a value and a limit."""
+"""Is this machine, and this model with its adapters, fit to train on? Every check has a value and what it is to be."""
 
 from __future__ import annotations
 
+import operator
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,14 +20,16 @@ from ..runs.metrics import first_ratio_limit
 from ..sampling.sampler import Decoding, Sampler
 
 PROMPTS = ["This film", "I went to see it because", "A", "The best thing about this movie was the"]
+BOUNDS = {"<=": operator.le, "<": operator.lt, "==": operator.eq, ">": operator.gt}
 
 
 @dataclass(frozen=True)
 class Check:
-    """`ok` says whether `value` is within `limit`."""
+    """`ok` says whether `value` stands to `limit` as `bound` says: "<=", "<", "==" or ">"."""
 
     name: str
     value: float
+    bound: str
     limit: float
     ok: bool
     detail: str
@@ -42,7 +45,8 @@ def run_doctor(stack_name: str = "tiny-gpt2", device: str = "auto") -> dict[str,
     tiny = stack.base == "tiny-gpt2" and roles.device.type == "cpu"
     limit = first_ratio_limit(roles.precision, tiny_on_cpu=tiny)
     checks = [*_rollout_checks(roles, limit), *_model_checks(roles), *_training_checks(roles)]
-    return {"schema_version": 1, "environment": environment(roles), "checks": [asdict(check) for check in checks]}
+    about = {"model": stack_name, "base": stack.base, **environment(roles)}
+    return {"schema_version": 1, "environment": about, "checks": [asdict(check) for check in checks]}
 
 
 def environment(roles: Roles) -> dict[str, Any]:
@@ -69,8 +73,9 @@ def _rollout_checks(roles: Roles, ratio_limit: float) -> list[Check]:
     )
     first = first_step(roles, rollout, decoding.temperature, ratio_limit)
     checks = [
-        _limit("invariant/first_kl", first.kl, 0.0, "policy with a fresh LoRA against its reference, nats"),
-        _limit("invariant/first_ratio_error", first.ratio_error, ratio_limit, "sampled against recomputed log-probs"),
+        _check("invariant/first_kl", first.kl, "==", 0.0, "policy with a fresh LoRA against its reference, nats"),
+        _check("invariant/first_ratio_error", first.ratio_error, "<=", ratio_limit,
+               "sampled against recomputed log-probs"),
     ]
     width = rollout.completion_ids.shape[1]
     with torch.no_grad():
@@ -85,9 +90,11 @@ def _rollout_checks(roles: Roles, ratio_limit: float) -> list[Check]:
             worst = max(worst, float(((lone - padded[row]).abs() * rollout.completion_mask[row]).max()))
         twin = causal_logits(roles.twin, rollout.ids, rollout.mask, width)
         same = float((twin - roles.reference(rollout.ids, rollout.mask, width)).abs().max())
-    checks.append(_limit("padding/left_pad_error", worst, 1e-4, "log-probs of a padded row against it alone, nats"))
-    checks.append(_limit("sampler/copy_error", same, 0.0, "logits of the sampler's merged copy against the reference"))
-    return checks
+    return [
+        *checks,
+        _check("padding/left_pad_error", worst, "<=", 1e-4, "log-probs of a padded row against it alone, nats"),
+        _check("sampler/copy_error", same, "==", 0.0, "logits of the sampler's merged copy against the reference"),
+    ]
 
 
 def _model_checks(roles: Roles) -> list[Check]:
@@ -100,13 +107,14 @@ def _model_checks(roles: Roles) -> list[Check]:
     longest = max(len(tokenizer(p)["input_ids"]) for p in PROMPTS) + 48
     separate = tokenizer.pad_token_id != eos
     return [
-        _limit("model/active_dropout", float(dropout), 0.0, "sum of dropout rates that act in scoring passes"),
-        _limit("model/non_finite_weights", float(finite), 0.0, "NaN or infinite entries in base and adapters"),
-        Check("tokenizer/eos_reachable", float(reachable), 1.0, reachable, f"EOS id {eos} of {config.vocab_size}"),
-        _limit("tokenizer/size", float(len(tokenizer)), float(config.vocab_size), "token ids within the embedding"),
-        Check("tokenizer/pad", float(tokenizer.pad_token_id), float(config.vocab_size), True,
-              "pad differs from EOS" if separate else "pad is EOS: masks go by position, so EOS still trains"),
-        _limit("context/prompt_fits", float(longest), float(config.max_position_embeddings),
+        _check("model/active_dropout", float(dropout), "==", 0.0, "sum of dropout rates that act in scoring passes"),
+        _check("model/non_finite_weights", float(finite), "==", 0.0, "NaN or infinite entries in base and adapters"),
+        _check("tokenizer/eos_reachable", float(reachable), "==", 1.0, f"EOS id {eos} of {config.vocab_size}"),
+        _check("tokenizer/size", float(len(tokenizer)), "<=", float(config.vocab_size),
+               "token ids within the embedding"),
+        _check("tokenizer/pad", float(tokenizer.pad_token_id), "<", float(config.vocab_size),
+               "pad differs from EOS" if separate else "pad is EOS: masks go by position, so EOS still trains"),
+        _check("context/prompt_fits", float(longest), "<=", float(config.max_position_embeddings),
                "longest check prompt plus 48 new tokens"),
     ]
 
@@ -124,11 +132,11 @@ def _training_checks(roles: Roles) -> list[Check]:
     moved = sum(float(p.detach().abs().sum()) for n, p in roles.policy_parameters().items() if f"lora_B.{POLICY}" in n)
     changed = float(roles.frozen_hash() != before)
     return [
-        _limit("training/base_changed", changed, 0.0, "sha256 of the frozen tensors before and after a step"),
-        _limit("training/missing_gradients", float(missing), 0.0, "adapter tensors that got no gradient"),
-        Check("training/adapter_moved", moved, 0.0, moved > 0, "sum of |B| after one step; must be above 0"),
+        _check("training/base_changed", changed, "==", 0.0, "sha256 of the frozen tensors before and after a step"),
+        _check("training/missing_gradients", float(missing), "==", 0.0, "adapter tensors that got no gradient"),
+        _check("training/adapter_moved", moved, ">", 0.0, "sum of |B| after one step"),
     ]
 
 
-def _limit(name: str, value: float, limit: float, detail: str) -> Check:
-    return Check(name, value, limit, value <= limit, detail)
+def _check(name: str, value: float, bound: str, limit: float, detail: str) -> Check:
+    return Check(name, value, bound, limit, BOUNDS[bound](value, limit), detail)

@@ -90,7 +90,8 @@ def _curves(first: PolicyRun, prompts: PromptBatch, name: str, ruler: Ruler, sam
     """Best-of-n and the tilt of the reference's own answers: by the ruler itself, and by what the run learned from."""
     asked = prompts.repeated(samples)
     say(f"{len(asked.texts)} answers of the reference")
-    texts = asked.texts, completions(own_sampler(first.roles, None), asked.token_ids, first), asked.records
+    reference = own_sampler(first.roles, None)
+    texts = asked.texts, completions(reference, "the reference", asked.token_ids, first), asked.records
     measured = ruler(*texts).reshape(-1, samples)
     curves = {
         f"tilted by {name}": tilted_curve(measured, measured),

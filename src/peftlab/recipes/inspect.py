@@ -30,7 +30,7 @@ def inspect(
     path = find_run(root, name)
     run, recorded = read_run(path), read_recorded(path)
     if not recorded.rows:
-        raise UserError(_nothing(root, path, str(run.summary["recipe"])))
+        raise UserError(_nothing(root, path, run.summary))
     if listed:
         rows = _listing(path, recorded, step)
         _json(rows) if as_json else show_list(rows, Console())
@@ -105,8 +105,9 @@ def _listing(path: Path, recorded: Recorded, step: int | None) -> list[dict[str,
     return rows
 
 
-def _nothing(root: Path, path: Path, recipe: str) -> str:
+def _nothing(root: Path, path: Path, summary: Row) -> str:
     """Why a run has no rollouts, and what it has instead."""
+    recipe, status = summary["recipe"], summary["status"]
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
     stages = [file.parent for file in sorted(path.glob("*/rollouts.jsonl"))]
     if stages:
@@ -116,6 +117,8 @@ def _nothing(root: Path, path: Path, recipe: str) -> str:
             f"run {name} is a dpo run: it learns from pairs and samples nothing while it trains; "
             f"`peftlab report {name}` shows its margins, and its samples before and after"
         )
+    if status in ("failed", "stopped", "killed"):
+        return f"run {name} has no rollouts; {status}: {summary['reason']}"
     if recipe in ("ppo", "rloo"):
         return f"run {name} has recorded no rollouts yet; the first come with its first step"
     return f"run {name} is a {recipe} run and has no rollouts; ppo and rloo record them; see `peftlab report {name}`"

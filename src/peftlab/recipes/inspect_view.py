@@ -90,9 +90,10 @@ def _legend(by: str, full: float, critic: bool, colour: bool) -> Text:
     line = Text(f"by {measure.title}: ")
     line.append(f"+ {measure.plus}", PLUS if colour else "").append(", ")
     line.append(f"- {measure.minus}", MINUS if colour else "")
+    strong = f" from {STRONG * full:.2g} on"
     if colour:
-        line.append("; ").append("reversed", f"reverse {PLUS}").append(f" from {STRONG * full:.2g} on")
-    return line
+        return line.append("; ").append("reversed", f"reverse {PLUS}").append(strong)
+    return line.append(f"; the signs in column {by} say which, strong{strong}")
 
 
 def _scores(row: Row) -> Text:

@@ -112,22 +112,28 @@ class Writer:
 
 
 def sample_texts(
-    sampler: Sampler, prompts: Sequence[list[int]], seeds: Sequence[int], decoding: Decoding, batch_size: int
+    sampler: Sampler,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    decoding: Decoding,
+    batch_size: int,
+    author: str = "",
 ) -> tuple[list[str], list[bool]]:
     """What the model writes behind each prompt, in their order, row i from seeds[i]; and whether EOS ended it.
 
+    `author`: whom the lines of progress name, where several models write one after the other.
     Rows of similar length share a batch, the longest first: what does not fit into memory fails at once.
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     texts, ended = [""] * len(prompts), [False] * len(prompts)
-    progress, begun = Progress(len(prompts)), time.monotonic()
+    progress, begun, by = Progress(len(prompts)), time.monotonic(), f" by {author}" if author else ""
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         samples = sampler.sample([prompts[row] for row in rows], [seeds[row] for row in rows], decoding)
         for row, text, end in zip(rows, sampler.texts(samples), samples.ended.tolist(), strict=True):
             texts[row], ended[row] = text, end
         done = start + len(rows)
-        progress.show(done, f"texts written, {done / (time.monotonic() - begun):.0f} a second")
+        progress.show(done, f"texts written{by}, {done / (time.monotonic() - begun):.0f} a second")
     return texts, ended
 
 

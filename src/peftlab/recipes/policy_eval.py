@@ -58,8 +58,9 @@ def compare_policy(
     by, ruler = ruler_of(opened, options.by, prompts)
     asked = prompts.repeated(options.samples)
     other, other_ids = _other(str(options.against), opened, asked, device)
-    ours = scored(own_sampler(opened.roles, POLICY), asked.token_ids, asked, ruler, opened, options.samples)
-    theirs = scored(other, other_ids, asked, ruler, opened, options.samples)
+    policy = own_sampler(opened.roles, POLICY)
+    ours = scored(policy, "the policy", asked.token_ids, asked, ruler, opened, options.samples)
+    theirs = scored(other, str(options.against), other_ids, asked, ruler, opened, options.samples)
     found = win_rate(ours, theirs, options.tie_margin)
     rows = np.repeat(np.arange(len(prompts.texts)), options.samples)
     return {
@@ -95,19 +96,25 @@ def own_sampler(roles: Roles, role: str | None) -> Sampler:
 
 
 def scored(
-    sampler: Sampler, token_ids: Sequence[list[int]], asked: PromptBatch, ruler: Ruler, opened: PolicyRun, samples: int
+    sampler: Sampler,
+    author: str,
+    token_ids: Sequence[list[int]],
+    asked: PromptBatch,
+    ruler: Ruler,
+    opened: PolicyRun,
+    samples: int,
 ) -> Scored:
-    """One completion a row of `asked`, scored, as (prompts, samples)."""
-    texts = completions(sampler, token_ids, opened)
+    """One completion a row of `asked`, scored, as (prompts, samples). `author`: whose they are, for who waits."""
+    texts = completions(sampler, author, token_ids, opened)
     lengths = np.array(list(map(len, encode(texts, opened.roles.tokenizer))))
     scores = ruler(asked.texts, texts, asked.records)
     return Scored(scores.reshape(-1, samples), lengths.reshape(-1, samples))
 
 
-def completions(sampler: Sampler, token_ids: Sequence[list[int]], opened: PolicyRun) -> list[str]:
+def completions(sampler: Sampler, author: str, token_ids: Sequence[list[int]], opened: PolicyRun) -> list[str]:
     """One completion a prompt at temperature 1; row i has the same draws whoever samples."""
     seeds = [opened.config.seed + EVAL_SEED + row for row in range(len(token_ids))]
-    texts, _ = sample_texts(sampler, token_ids, seeds, Decoding(opened.config.max_new_tokens), batch_size=64)
+    texts, _ = sample_texts(sampler, token_ids, seeds, Decoding(opened.config.max_new_tokens), 64, author)
     return texts
 
 

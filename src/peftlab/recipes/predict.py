@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..evaluation.summaries import SummaryFormat, summarize
 from ..models.adapter_files import load_stack
+from ..models.catalog import resolve
 from ..models.classifier import TextClassifier
 from ..models.reward_model import RewardModel
 from ..models.stacks import kind_of
@@ -20,17 +21,25 @@ from .tools import load_sampler
 # What is read of a row: the first of these fields that it has.
 INPUT = {"text": ("text", "prompt", "document")}
 ANSWER = {"prompt": ("prompt",), "completion": ("completion",)}  # for a reward model
+MAY_BE_EMPTY = "completion"  # a policy may end its answer at once, and a reward has an opinion of that
 
 
 def predict(adapter: str, text: str | None, source: Path | None, output: Path | None, device: str) -> None:
     """Write one row per input row, in order; without `output`, rows go to standard output as JSON lines."""
     if (text is None) == (source is None):
         raise UserError("predict: give either --text or --input")
+    if text is not None and not text.strip():
+        raise UserError("--text: is empty; give the text to predict")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     kind = kind_of(adapter)
     if kind == "reward" and source is None:
         raise UserError(f"predict: {adapter} scores an answer to a prompt; give --input with `prompt` and `completion`")
+    if source is None and resolve(adapter).kind == "causal":
+        raise UserError(
+            f"predict: {adapter} is a base model, which only continues a text; "
+            f"`peftlab generate {adapter} --prompt TEXT` does that"
+        )
     wanted = ANSWER if kind == "reward" else INPUT
     rows = [{"id": 0, "text": text}] if source is None else _read(source, wanted)
     verb = {"classifier": _classify, "seq2seq": _summarize, "reward": _score}.get(kind, _continue)
@@ -82,7 +91,7 @@ def _score(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[str,
 
 
 def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, Any]]:
-    """Rows with an id and what is `wanted` of them, strings; every bad line is named."""
+    """Rows with an id and what is `wanted` of them, strings; UserError naming the first line that lacks it."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -102,6 +111,10 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
         if not all(isinstance(value, str) for value in found.values()):
             told = " and ".join(map(_alternatives, wanted.values()))
             raise UserError(f"{path}:{number}: expected an object with a string {told}")
+        blank = next((name for name, value in found.items() if name != MAY_BE_EMPTY and not str(value).strip()), None)
+        if blank is not None:
+            field = next(f for f in wanted[blank] if f in given)
+            raise UserError(f"{path}:{number}: `{field}` is empty; give a text, or take the row out")
         rows.append({"id": given.get("id", len(rows)), **found})
     if not rows:
         raise UserError(f"{path}: holds no rows")

@@ -10,6 +10,7 @@ from ..data.sources import load_records
 from ..errors import UserError
 from ..models.adapter_files import load_stack
 from ..models.catalog import list_models, resolve
+from ..models.stacks import read_stack
 from ..sampling.sampler import Decoding, Sampler
 
 
@@ -24,9 +25,18 @@ def pull_names(names: list[str]) -> dict[str, Path]:
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """One row a model that loads by name."""
-    columns = ("name", "kind", "origin", "licence", "size")
-    return [{column: getattr(entry, column) for column in columns} for entry in list_models()]
+    """One row a model that loads by name; an adapter's tells the base under it."""
+    return [
+        {
+            "name": entry.name,
+            "kind": entry.kind,
+            "base": read_stack(entry.path).base if entry.kind == "adapter" else None,
+            "origin": entry.origin,
+            "licence": entry.licence,
+            "size": entry.size,
+        }
+        for entry in list_models()
+    ]
 
 
 def generate_texts(
