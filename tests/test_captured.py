@@ -133,6 +133,21 @@ def test_a_pass_has_one_backward_before_the_next_of_its_role(tiny_causal, graphs
         second.backward()
 
 
+def test_what_a_replay_gives_holds_no_node_of_what_learns(tiny_causal, graphs):
+    """Such a node belongs to the replay's stream, and until it ends no other kind can be captured on theirs."""
+    roles = roles_of(tiny_causal, "llama", "none")
+    roles.captured = CapturedStates(roles.model)
+    given = batch(3, 9, 0)
+    for _ in range(2):
+        roles.policy_tokens(*given, 4)[0].sum().backward()
+    waiting, held = [roles.policy_tokens(*given, 4)[0].grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        held += [node.variable] if hasattr(node, "variable") else []
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    assert held and not {id(leaf) for leaf in held} & {id(p) for p in roles.policy_parameters().values()}
+
+
 def test_kinds_beyond_their_number_are_forgotten(tiny_causal, graphs, monkeypatch):
     monkeypatch.setattr(captured, "KINDS", 3)
     roles = roles_of(tiny_causal, "gpt2", "none")

@@ -78,6 +78,19 @@ def test_a_backward_behind_another_pass_of_its_role_is_refused(tiny_causal):
         twice.backward()
 
 
+def test_a_kind_is_captured_while_what_another_gave_is_still_held(tiny_causal):
+    """As in a minibatch of several passes, where the loss of one lives until that of the next is there."""
+    roles = roles_on_cuda(tiny_causal, "llama", "shared")
+    roles.quicken()
+    loss = None
+    for _ in range(3):
+        for tokens in (9, 30, 60):
+            loss = roles.policy_tokens(*batch(3, tokens, 0), 4)[0].sum()
+            loss.backward()
+    assert roles.captured is not None and loss is not None
+    assert len(roles.captured.passes) == 3 and all(one.graphs for one in roles.captured.passes.values())
+
+
 def test_kinds_are_forgotten_beyond_their_number(tiny_causal):
     roles = roles_on_cuda(tiny_causal, "gpt2", "none")
     roles.quicken()

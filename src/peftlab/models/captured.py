@@ -83,6 +83,9 @@ class Turn:
     def __init__(self, learned: Sequence[nn.Parameter]) -> None:
         self.learned = list(learned)
         self.gradients = [torch.zeros_like(parameter) for parameter in learned]
+        # What autograd asks a replay's gradient for. A parameter would tie the stream of the replay to its node, and
+        # no pass of it could be captured on another stream as long as that node lives.
+        self.anchor = torch.zeros((), requires_grad=bool(self.learned))
         self.pool = torch.cuda.graph_pool_handle()
         self.number = 0
 
@@ -128,7 +131,7 @@ class Pass:
         if not self.turn.learned:
             self.graphs[0].replay()
             return self.made
-        replayed: Tensor = _Replay.apply(self.turn.learned[0], self)
+        replayed: Tensor = _Replay.apply(self.turn.anchor, self)
         return replayed
 
     def _run(self) -> Tensor:
@@ -170,7 +173,7 @@ class Pass:
 
 
 class _Replay(torch.autograd.Function):
-    """The states of a captured pass. `anchor`, of what learns, makes autograd ask for gradients."""
+    """The states of a captured pass, for whose gradient autograd asks since `anchor` has one."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, one: Pass) -> Tensor:
