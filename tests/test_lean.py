@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from peftlab.models import lean as lean_module
 from peftlab.models.backbone import causal_logits
-from peftlab.models.lean import ATTENTION, attention, lean
+from peftlab.models.lean import ATTENTION, attend_in_full, attention, keep_less
 from peftlab.ops.masks import position_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,20 +42,22 @@ def passed(model) -> tuple[list[torch.Tensor], int]:
 def test_lean_passes_say_and_learn_what_plain_ones_do_and_keep_less(tiny_causal, architecture):
     model = adapted(tiny_causal, architecture)
     plain, much = passed(model)
-    lean(model.get_base_model())
+    attend_in_full(model.get_base_model())
+    keep_less(model.get_base_model())
     ours, little = passed(model)
     assert len(ours) == len(plain) > 8
     for one, other in zip(ours, plain, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
-    print(architecture, much, little)
     assert little < 0.8 * much
 
 
-def test_a_lean_model_takes_a_mask_of_two_dimensions(tiny_causal):
+@pytest.mark.parametrize("mask", [MASK, torch.ones_like(MASK)])
+def test_a_mask_of_two_dimensions_is_taken(tiny_causal, mask):
+    """Of one without padding transformers makes none at all."""
     model = adapted(tiny_causal, "llama")
-    before = causal_logits(model, IDS, MASK, 3)
-    lean(model.get_base_model())
-    torch.testing.assert_close(causal_logits(model, IDS, MASK, 3), before, atol=1e-5, rtol=1e-4)
+    before = causal_logits(model, IDS, mask, 3)
+    attend_in_full(model.get_base_model())
+    torch.testing.assert_close(causal_logits(model, IDS, mask, 3), before, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2)])

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.masks import position_ids
 from .backbone import trunk
+from .lean import ATTENTION
 
 # Kinds that are remembered; beyond them all are forgotten.
 KINDS = 64
@@ -29,7 +30,7 @@ Kind = tuple[str | None, bool, int, int]
 
 def capturable(model: Any) -> bool:
     """Whether a causal model (not yet a PeftModel) is of a class whose forward asks the device nothing."""
-    if model.config._attn_implementation != "sdpa":
+    if model.config._attn_implementation not in ("sdpa", ATTENTION):
         return False
     name = type(model).__name__
     plain_rotary = name == "LlamaForCausalLM" and model.model.rotary_emb.rope_type == "default"

@@ -25,8 +25,15 @@ LEAST = torch.finfo(torch.float32).min  # a score: finite, since a row of paddin
 Recipe = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
-def lean(model: nn.Module) -> None:
-    """Make a causal model's norms, activations, gated layers and attention lean; what they compute stays the same.
+def attend_in_full(model: nn.Module) -> None:
+    """Let a causal model's SDPA make way for `attention`."""
+    config: Any = model.config
+    if config._attn_implementation == "sdpa":
+        config._attn_implementation = ATTENTION
+
+
+def keep_less(model: nn.Module) -> None:
+    """Let a causal model keep less for its backward, which takes a little more time; what it computes stays the same.
 
     What a norm or an activation gives is the input of LoRA layers, which would keep it beside what it was made of.
     `QuickLora` keeps how to make it again instead (`recipe`).
@@ -36,9 +43,6 @@ def lean(model: nn.Module) -> None:
             module.register_forward_hook(_with_recipe)
         elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
             module.__class__ = LeanMLP
-    config: Any = model.config
-    if config._attn_implementation == "sdpa":
-        config._attn_implementation = ATTENTION
 
 
 def recipe(x: Tensor) -> Recipe:
@@ -92,12 +96,14 @@ def attention(
 ) -> tuple[Tensor, None]:
     """What transformers asks of an attention: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D), and None.
 
-    Short rows of float32 with a mask (B, 1, T, T), True where a token is seen, are attended to by plain products;
-    all others by `scaled_dot_product_attention`.
+    Whole short rows of float32 are attended to by plain products, under a mask (B, 1, T, T), True where a token is
+    seen, or, without one, causally; all others by `scaled_dot_product_attention`.
     """
     length = query.shape[2]
-    plain = query.dtype == torch.float32 and length == key.shape[2] <= LONGEST and not given.get("dropout")
+    plain = query.dtype == torch.float32 and 1 < length == key.shape[2] <= LONGEST and not given.get("dropout")
     seen = attention_mask
+    if seen is None and getattr(module, "is_causal", False) and given.get("is_causal") is not False:
+        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     if seen is None or seen.dtype != torch.bool or not plain:
         made: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
         return made

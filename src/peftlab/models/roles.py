@@ -30,7 +30,7 @@ from .backbone import (
 )
 from .captured import CapturedStates, capturable
 from .heads import ScalarHead
-from .lean import lean
+from .lean import attend_in_full, keep_less
 from .quick_lora import split_products
 from .reward_model import CriticStart
 
@@ -76,10 +76,12 @@ class Roles:
         self.captured: CapturedStates | None = None
 
     def quicken(self) -> None:
-        """For training by reinforcement: on CUDA, from now on, float32 products in parts, and lean passes from graphs.
+        """For training by reinforcement, from now on: attention to short rows in fewer kernels.
 
-        Those passes fill `.grad` by themselves: of what they make no gradient can be asked by torch.autograd.grad.
+        And on CUDA: float32 products in parts, and passes from graphs, which keep less. These fill `.grad` by
+        themselves: of what they make no gradient can be asked by torch.autograd.grad.
         """
+        attend_in_full(self.model.get_base_model())
         if not splits_pay(self.device) or self.captured is not None:
             return
         split_products(self.model)
@@ -87,7 +89,7 @@ class Roles:
             self.split_head = SplitHead(self.unembedding)
         if self.device.type == "cuda" and capturable(self.model.get_base_model()):
             self.captured = CapturedStates(self.model)
-        lean(self.model.get_base_model())
+        keep_less(self.model.get_base_model())
 
     @property
     def device(self) -> torch.device:
