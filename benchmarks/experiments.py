@@ -80,7 +80,8 @@ def explanations() -> list[Job]:
     """Base, SFT, reward model, then PPO and RLOO by it and DPO from its pairs, on SmolLM2's explanations of reviews."""
     # Answers that differ by less than a part of the rubric, a sixth, are near ties. Hot sampling also errs where the
     # verdict is plain, and a reward model is to know those errors as well.
-    answers = "data preferences --policy RUNS/sft --k 8 --temperature 1.3 --min-margin 0.15 --batch-size 256 --dtype bfloat16"
+    asked = "--k 8 --temperature 1.3 --min-margin 0.15 --batch-size 256 --dtype bfloat16"
+    answers = f"data preferences --policy RUNS/sft {asked}"
     held_out = "eval_data=RUNS/pairs-held-out/preferences-test.jsonl"
     pairs = f"train_data=RUNS/pairs/preferences-train.jsonl {held_out}"
     made = ("pairs", "pairs-held-out")

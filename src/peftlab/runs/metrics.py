@@ -35,8 +35,8 @@ FIRST_RATIO_LIMITS = {"tiny-gpt2 in fp32 on CPU": 1e-5, "fp32": 1e-4, "fp32 in p
 def first_ratio_limit(precision: str, *, tiny_on_cpu: bool = False) -> float:
     """The limit of invariant/first_ratio_error for `precision`: "fp32", "fp32 in parts", "tf32" or "bf16".
 
-    In parts (ops/split.py) is how CUDA multiplies from compute capability 8 on: 5e-4 at most was measured with smollm2-135m,
-    9e-5 with tiny-gpt2, 3e-5 with random weights.
+    In parts (ops/split.py) is how CUDA multiplies from compute capability 8 on: 5e-4 at most was measured with
+    smollm2-135m, 9e-5 with tiny-gpt2, 3e-5 with random weights.
     """
     tiny = tiny_on_cpu and precision == "fp32"
     return FIRST_RATIO_LIMITS["tiny-gpt2 in fp32 on CPU" if tiny else precision]
