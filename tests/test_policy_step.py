@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import test_ppo
@@ -11,7 +13,6 @@ from torch.distributions import Categorical, kl_divergence
 
 from peftlab.data.records import Prompt
 from peftlab.evaluation.policy import Side, evaluate_side
-from peftlab.rl import rollout as rollout_module
 from peftlab.rl.rollout import FirstStep
 from peftlab.rl.trainer import PolicyTrainer
 from peftlab.sampling.sampler import Decoding
@@ -42,7 +43,7 @@ def gradient_of(learner: PolicyTrainer, tokens: int, patch: pytest.MonkeyPatch) 
         return figures
 
     with patch.context() as patched:
-        patched.setattr(rollout_module, "TOKENS_PER_PASS", {"cpu": tokens})
+        learner.settings = replace(learner.settings, pass_tokens=tokens)
         patched.setattr(PolicyTrainer, "backward", counting)
         rollout, _, _ = moved(learner).step(test_ppo.PROMPTS.take(range(12)))
     assert len(set(rollout.completion_mask.sum(1).tolist())) > 2, "passes of different shares"

@@ -21,7 +21,6 @@ from peftlab.models.quick_lora import QuickLora, _LowRank
 from peftlab.models.roles import Roles
 from peftlab.ops import logprobs as logprobs_module
 from peftlab.ops.logprobs import entropy, state_logprobs, token_logprobs
-from peftlab.rl import rollout as rollout_module
 from peftlab.rl.rollout import crop, passes
 from peftlab.sampling import engine as engine_module
 from peftlab.sampling.engine import CachedDecoder, PlainDecoder
@@ -199,16 +198,14 @@ def test_passes_take_every_row_once_and_lose_padding_alone(rows, before, behind,
     ids = torch.arange(1, rows * (before + behind) + 1).view(rows, -1)
     samples = Samples(ids[:, :before], prompt_mask, ids[:, before:], mask, torch.zeros(mask.shape), mask[:, -1])
     found: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout_module, "TOKENS_PER_PASS", {"cpu": 2 * (before + behind)})
-        some = torch.randperm(rows)[: max(1, rows - 2)]
-        for part in passes(samples, some):
-            assert len(part) <= 2
-            cut, seen, keep = crop(samples, part)
-            assert cut.shape == seen.shape == (len(part), int(fronts[part].max() + ends[part].max()))
-            assert keep == int(ends[part].max())
-            assert cut[seen].tolist() == samples.ids[part][samples.mask[part]].tolist()
-            found += part.tolist()
+    some = torch.randperm(rows)[: max(1, rows - 2)]
+    for part in passes(samples, some, 2 * (before + behind)):
+        assert len(part) <= 2
+        cut, seen, keep = crop(samples, part)
+        assert cut.shape == seen.shape == (len(part), int(fronts[part].max() + ends[part].max()))
+        assert keep == int(ends[part].max())
+        assert cut[seen].tolist() == samples.ids[part][samples.mask[part]].tolist()
+        found += part.tolist()
     assert sorted(found) == sorted(some.tolist())
 
 

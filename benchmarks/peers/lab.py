@@ -46,8 +46,8 @@ def trainer_of(job: Job) -> PolicyTrainer[Any]:
     roles, reward = roles_of(job)
     sampler = Sampler(roles.twin, roles.tokenizer)
     sampler.eos_id = None  # every completion has the same length, as the peer's
-    common: dict[str, Any] = {"lr": LR, "minibatch_size": 0, "epochs": job.epochs, "epoch_kl_stop": float("inf"),
-              "ratio_limit": float("inf"), "record_every": 10**9, "total_steps": 10**6}
+    common: dict[str, Any] = {"lr": LR, "minibatch_size": 0, "pass_tokens": job.pass_tokens, "epochs": job.epochs,
+              "epoch_kl_stop": float("inf"), "ratio_limit": float("inf"), "record_every": 10**9, "total_steps": 10**6}
     given = roles, sampler, reward, FixedKL(KL_COEF)
     if job.algorithm == "ppo":
         return PPOTrainer(*given, PPOSettings(**common), Decoding(job.tokens))

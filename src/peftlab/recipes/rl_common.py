@@ -60,6 +60,12 @@ class PolicyConfig(TaskConfig):
     steps: int = Field(100, ge=1)
     prompts_per_step: int = Field(128, ge=1)
     minibatch_size: int = Field(64, ge=1)
+    pass_tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens, prompts included, that go through the model together: fewer take less memory, more are "
+        "quicker on a large GPU, and a minibatch's gradient stays that of the whole; 0 = 8192, on a CPU 1024",
+    )
     epochs: int = Field(2, ge=1)
     lr: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(5, ge=0)
@@ -196,7 +202,8 @@ def sizes(
         fitting = [config.prompt_tokens[1]] * len(prompts)
     completions = config.prompts_per_step * per_prompt
     device, logits = pick_device(config.device), config.max_new_tokens * backbone.model.config.vocab_size
-    rows = min(completions, rows_per_pass(device, max(fitting, default=1) + config.max_new_tokens, logits))
+    length = max(fitting, default=1) + config.max_new_tokens
+    rows = min(completions, rows_per_pass(device, length, config.pass_tokens, logits))
     return {
         "base": under.base,
         "device": str(device),

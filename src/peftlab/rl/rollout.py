@@ -16,9 +16,9 @@ from ..ops.kl import exact_kl, k1, k2, k3
 from ..ops.masks import masked_sum
 from ..sampling.sampler import Decoding, Sampler, Samples
 
-# Prompt and completion tokens of one pass: with gradients, its activations are about 1.5 MB a token for smollm2-135m. A
-# CPU is as quick in shorter passes, whose rows are more alike in length.
-TOKENS_PER_PASS = {"cpu": 2**10, "cuda": 2**13, "mps": 2**13}
+# Prompt and completion tokens of one pass, unless told: with gradients, smollm2-135m keeps .8 MB a token on CUDA and
+# about 1.5 MB elsewhere. A CPU is as quick in shorter passes, whose rows are more alike in length.
+PASS_TOKENS = {"cpu": 2**10, "cuda": 2**13, "mps": 2**13}
 # Numbers in the logits of one pass that needs them: beside them, temporaries of four times their size at most.
 LOGITS_PER_PASS = 2**27
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
@@ -94,15 +94,16 @@ def collect_rollout(
     seeds: Sequence[int],
     decoding: Decoding,
     exact: bool = False,
+    pass_tokens: int = 0,
 ) -> Rollout:
     """Sample a completion per prompt and score it: reward, reference and critic.
 
-    `exact` asks for the exact KL as well, which costs a pass of the policy.
+    `exact` asks for the exact KL as well, which costs a pass of the policy. `pass_tokens`: see `rows_per_pass`.
     """
     samples = sampler.sample(prompts.token_ids, seeds, decoding, roles.shared_head)
     completions = sampler.texts(samples)
     scores, parts = reward(prompts.texts, completions, prompts.records)
-    ref_logprobs, values, kl = _score_tokens(roles, samples, decoding.temperature, exact)
+    ref_logprobs, values, kl = _score_tokens(roles, samples, decoding.temperature, exact, pass_tokens)
     return Rollout(
         prompts=prompts,
         prompt_ids=samples.prompt_ids,
@@ -122,13 +123,13 @@ def collect_rollout(
 
 @torch.no_grad()
 def _score_tokens(
-    roles: Roles, samples: Samples, temperature: float, exact: bool
+    roles: Roles, samples: Samples, temperature: float, exact: bool, pass_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities of the reference, values, and the exact KL if it is asked for, each (B, C)."""
     counted = samples.completion_mask
     logprobs, values, kl = torch.zeros(3, *counted.shape, device=counted.device).unbind()
     everyone = torch.arange(len(counted), device=counted.device)
-    for rows in passes(samples, everyone, roles if exact else None):
+    for rows in passes(samples, everyone, pass_tokens, roles if exact else None):
         ids, mask, keep = crop(samples, rows)
         logprobs[rows, :keep] = roles.reference_logprobs(ids, mask, keep, temperature)
         if samples.readings is None:
@@ -141,15 +142,18 @@ def _score_tokens(
     return logprobs * counted, values * counted, kl * counted if exact else None
 
 
-def rows_per_pass(device: torch.device, length: int, logits: int = 1) -> int:
+def rows_per_pass(device: torch.device, length: int, pass_tokens: int = 0, logits: int = 1) -> int:
     """How many rows of `length` tokens, prompt and completion, go through the model together.
 
-    `logits`: numbers of a row's logits that are to be there at once.
+    `pass_tokens`: their tokens at most, 0 for as many as suit the device. `logits`: numbers of a row's logits that are
+    to be there at once.
     """
-    return max(1, min(TOKENS_PER_PASS[device.type] // length, LOGITS_PER_PASS // logits))
+    return max(1, min((pass_tokens or PASS_TOKENS[device.type]) // length, LOGITS_PER_PASS // logits))
 
 
-def passes(samples: Samples | Rollout, rows: Tensor, with_logits: Roles | None = None) -> Iterator[Tensor]:
+def passes(
+    samples: Samples | Rollout, rows: Tensor, pass_tokens: int = 0, with_logits: Roles | None = None
+) -> Iterator[Tensor]:
     """`rows` (N,) in groups that go through the model together, of about one size.
 
     Shortest first: rows of similar length waste least.
@@ -158,7 +162,7 @@ def passes(samples: Samples | Rollout, rows: Tensor, with_logits: Roles | None =
     """
     keep = samples.completion_ids.shape[1]
     logits = 1 if with_logits is None else keep * with_logits.model.config.vocab_size
-    size = rows_per_pass(rows.device, samples.ids.shape[1], logits)
+    size = rows_per_pass(rows.device, samples.ids.shape[1], pass_tokens, logits)
     order = samples.mask[rows].sum(1).argsort(stable=True)
     yield from rows[order].tensor_split(max(1, -(-len(rows) // size)))
 
@@ -238,7 +242,9 @@ class FirstStep:
 
 
 @torch.no_grad()
-def first_step(roles: Roles, rollout: Rollout, temperature: float, ratio_limit: float) -> FirstStep:
+def first_step(
+    roles: Roles, rollout: Rollout, temperature: float, ratio_limit: float, pass_tokens: int = 0
+) -> FirstStep:
     """Measure both invariants on a rollout taken before the first update.
 
     first_kl: summed exact KL between adapters-on and adapters-off logits, the largest completion of the batch.
@@ -246,7 +252,7 @@ def first_step(roles: Roles, rollout: Rollout, temperature: float, ratio_limit: 
     """
     largest = torch.zeros(2, device=rollout.logprobs.device)
     everyone = torch.arange(len(rollout.completions), device=largest.device)
-    for rows in passes(rollout, of_rank(rollout, everyone), roles):
+    for rows in passes(rollout, of_rank(rollout, everyone), pass_tokens, roles):
         ids, mask, keep = crop(rollout, rows)
         counted = rollout.completion_mask[rows, :keep]
         apart = masked_sum(exact_kl(roles.policy(ids, mask, keep), roles.reference(ids, mask, keep)), counted)

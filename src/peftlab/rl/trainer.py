@@ -36,10 +36,14 @@ Loss = tuple[Tensor, dict[str, Tensor]]  # of some rows, with figures
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """Hyperparameters of any update; docs/ppo.md gives each one's source. `minibatch_size` 0 takes the whole step."""
+    """Hyperparameters of any update; docs/ppo.md gives each one's source. `minibatch_size` 0 takes the whole step.
+
+    `pass_tokens`, which changes memory and time alone: see `rows_per_pass`.
+    """
 
     lr: float = 1e-4
     minibatch_size: int = 0
+    pass_tokens: int = 0
     epochs: int = 1
     clip: float = 0.2
     max_grad_norm: float = 1.0
@@ -101,7 +105,9 @@ class PolicyTrainer(Generic[Settings]):
         given, seeds = prompts.take(share), seeds[share.start : share.stop]
         try:
             with all_or_none():
-                mine = collect_rollout(self.sampler, self.roles, self.reward, given, seeds, self.decoding, exact)
+                mine = collect_rollout(
+                    self.sampler, self.roles, self.reward, given, seeds, self.decoding, exact, self.settings.pass_tokens
+                )
             rollout = gathered(mine, prompts)
         except LabError as error:  # a reward's, which knows no steps
             raise LabError(f"step {step}: {error}; the weights were not updated") from error
@@ -117,7 +123,10 @@ class PolicyTrainer(Generic[Settings]):
         """
         if self.first is None:
             require_same_weights(self.roles)
-            self.first = first_step(self.roles, rollout, self.decoding.temperature, self.settings.ratio_limit)
+            settings = self.settings
+            self.first = first_step(
+                self.roles, rollout, self.decoding.temperature, settings.ratio_limit, settings.pass_tokens
+            )
             self.first.check()
 
     def update(self, rollout: Rollout, minibatch: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
@@ -168,7 +177,7 @@ class PolicyTrainer(Generic[Settings]):
         self.optimizer.zero_grad(set_to_none=True)
         mask = rollout.completion_mask
         totals: dict[str, Tensor] = {}
-        for part in passes(rollout, of_rank(rollout, rows)):
+        for part in passes(rollout, of_rank(rollout, rows), self.settings.pass_tokens):
             loss, figures = loss_of(part)
             tokens = mask[part].sum() / mask[rows].sum()
             share = len(part) / len(rows) if self.loss_per_completion else tokens
