@@ -60,12 +60,6 @@ class PolicyConfig(TaskConfig):
     steps: int = Field(100, ge=1)
     prompts_per_step: int = Field(128, ge=1)
     minibatch_size: int = Field(64, ge=1)
-    pass_tokens: int = Field(
-        0,
-        ge=0,
-        description="tokens, prompts included, that go through the model together: fewer take less memory, more are "
-        "quicker on a large GPU, and a minibatch's gradient stays that of the whole; 0 = 8192, on a CPU 1024",
-    )
     epochs: int = Field(2, ge=1)
     lr: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(5, ge=0)
@@ -203,7 +197,7 @@ def sizes(
     completions = config.prompts_per_step * per_prompt
     device, logits = pick_device(config.device), config.max_new_tokens * backbone.model.config.vocab_size
     length = max(fitting, default=1) + config.max_new_tokens
-    rows = min(completions, rows_per_pass(device, length, config.pass_tokens, logits))
+    rows = min(completions, rows_per_pass(device, length, logits=logits))
     return {
         "base": under.base,
         "device": str(device),

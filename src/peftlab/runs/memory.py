@@ -13,7 +13,6 @@ from ..errors import LabError
 # Key -> what to do with it, the one that costs least first. A job has some of them.
 KNOBS = {
     "accumulate": "raise accumulate: the same step in smaller parts",
-    "pass_tokens": "set pass_tokens lower (0 is 8192, on a CPU 1024): the same step in smaller passes",
     "batch_size": "lower batch_size",
     "prompts_per_step": "lower prompts_per_step",
     "minibatch_size": "lower minibatch_size",
