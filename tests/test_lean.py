@@ -8,8 +8,10 @@ from test_quick import IDS, MASK, adapted
 from torch.nn.functional import scaled_dot_product_attention
 
 from peftlab.models import lean as lean_module
-from peftlab.models.backbone import causal_logits
+from peftlab.models.adapters import Lora
+from peftlab.models.backbone import Backbone, causal_logits
 from peftlab.models.lean import ATTENTION, attend_in_full, attention, keep_less
+from peftlab.models.roles import Roles
 from peftlab.ops.masks import position_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +80,16 @@ def test_attention_of_short_rows_is_sdpa(monkeypatch, heads, shared):
     theirs = told(scaled_dot_product_attention(query, *each, attn_mask=seen, scale=0.3).transpose(1, 2))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rope", "expected"), [("default", ATTENTION), ("dynamic", "sdpa")])
+def test_training_changes_the_attention_of_classes_it_knows_alone(tiny_causal, rope, expected):
+    model, tokenizer = tiny_causal("llama")
+    model.model.rotary_emb.rope_type = rope
+    roles = Roles(Backbone("tiny", model, tokenizer, ""), Lora(r=3), "none")
+    roles.quicken()
+    assert roles.model.config._attn_implementation == expected
+    assert roles.twin.config._attn_implementation == "sdpa"
 
 
 def test_what_is_not_short_float32_rows_with_a_mask_goes_to_sdpa(monkeypatch):

@@ -81,15 +81,19 @@ class Roles:
         And on CUDA: float32 products in parts, and passes from graphs, which keep less. These fill `.grad` by
         themselves: of what they make no gradient can be asked by torch.autograd.grad.
         """
-        attend_in_full(self.model.get_base_model())
+        base = self.model.get_base_model()
+        known = capturable(base)
+        if known:  # another class might ask an attention for more than ours gives
+            attend_in_full(base)
         if not splits_pay(self.device) or self.captured is not None:
             return
         split_products(self.model)
         if self.unembedding is not None and self.unembedding.dtype == torch.float32:
             self.split_head = SplitHead(self.unembedding)
-        if self.device.type == "cuda" and capturable(self.model.get_base_model()):
+        if known:
+            keep_less(base)
+        if known and self.device.type == "cuda":
             self.captured = CapturedStates(self.model)
-        keep_less(self.model.get_base_model())
 
     @property
     def device(self) -> torch.device:
