@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from test_quick import IDS, MASK, adapted
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftlab.models import lean as lean_module
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone, causal_logits
-from peftlab.models.lean import ATTENTION, attend_in_full, attention, keep_less
+from peftlab.models.lean import ATTENTION, attend_in_full, attention, keep_less, recompute
 from peftlab.models.roles import Roles
 from peftlab.ops.masks import position_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def passed(model) -> tuple[list[torch.Tensor], int]:
-    """States and gradients of a pass with a mask of four dimensions, as captured passes bring it; numbers kept."""
+def passed(model) -> tuple[list[torch.Tensor], Counter[int], int]:
+    """States and gradients of a pass with a mask of four dimensions, as captured passes bring it; what was kept
+    meanwhile, by its size in numbers; and of how many norms the output was."""
     model.zero_grad()
     causal = torch.ones(7, 7, dtype=torch.bool).tril() & MASK[:, None, None] | torch.eye(7, dtype=torch.bool)
     kept: dict[int, int] = {}
@@ -29,36 +34,59 @@ def passed(model) -> tuple[list[torch.Tensor], int]:
         return tensor
 
     body = model.get_base_model().base_model
+    normed: list[torch.Tensor] = []
+    norms = [module for module in body.modules() if isinstance(module, LlamaRMSNorm | nn.LayerNorm)]
+    hooks = [norm.register_forward_hook(lambda module, given, output: normed.append(output)) for norm in norms]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         states = body(
             input_ids=IDS, attention_mask=causal, position_ids=position_ids(MASK), use_cache=False
         ).last_hidden_state
     fixed = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    numbers = sum(count for pointer, count in kept.items() if pointer not in fixed)
+    for hook in hooks:
+        hook.remove()
+    outputs = sum(output.untyped_storage().data_ptr() in kept for output in normed)
+    sizes = Counter(size for pointer, size in kept.items() if pointer not in fixed)
     slopes = torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
     (states * slopes)[MASK].sum().backward()
-    return [states[MASK].detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)], numbers
+    return [states[MASK].detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)], sizes, outputs
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_lean_passes_say_and_learn_what_plain_ones_do_and_keep_less(tiny_causal, architecture):
     model = adapted(tiny_causal, architecture)
-    plain, much = passed(model)
+    plain, much, norms = passed(model)
     attend_in_full(model.get_base_model())
     keep_less(model.get_base_model())
-    ours, little = passed(model)
+    ours, little, fewer = passed(model)
     assert len(ours) == len(plain) > 8
     for one, other in zip(ours, plain, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
-    assert little < 0.8 * much
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    wide = IDS.numel() * (4 * width if architecture == "gpt2" else model.config.intermediate_size)
+    # An activation's input, or gate and up; beside their output, of the latter also silu(gate).
+    assert (much[wide], little[wide]) == ((2 * layers, layers) if architecture == "gpt2" else (4 * layers, 2 * layers))
+    # The first norm's input needs no gradient, so there its output is kept.
+    assert (norms, fewer) == (2 * layers, 1)
+
+
+def test_what_changed_since_it_was_made_is_kept_itself(tiny_causal):
+    model = tiny_causal("gpt2")[0]
+    keep_less(model)
+    made = model.transformer.ln_f(torch.randn(3, model.config.n_embd, requires_grad=True))
+    make, made_of = recompute(made)
+    assert torch.equal(make(*made_of), made) and made_of[0] is not made
+    made.add_(1)
+    make, made_of = recompute(made)
+    assert torch.equal(make(*made_of), made)
 
 
 @pytest.mark.parametrize("mask", [MASK, torch.ones_like(MASK)])
-def test_a_mask_of_two_dimensions_is_taken(tiny_causal, mask):
+def test_a_mask_of_two_dimensions_is_taken(tiny_causal, monkeypatch, mask):
     """Of one without padding transformers makes none at all."""
     model = adapted(tiny_causal, "llama")
     before = causal_logits(model, IDS, mask, 3)
     attend_in_full(model.get_base_model())
+    monkeypatch.setattr(lean_module, "sdpa_attention_forward", None)
     torch.testing.assert_close(causal_logits(model, IDS, mask, 3), before, atol=1e-5, rtol=1e-4)
 
 
@@ -89,18 +117,21 @@ def test_training_changes_the_attention_of_classes_it_knows_alone(tiny_causal, r
     roles = Roles(Backbone("tiny", model, tokenizer, ""), Lora(r=3), "none")
     roles.quicken()
     assert roles.model.config._attn_implementation == expected
-    assert roles.twin.config._attn_implementation == "sdpa"
+    assert roles.twin.config._attn_implementation == expected
 
 
 def test_what_is_not_short_float32_rows_with_a_mask_goes_to_sdpa(monkeypatch):
     monkeypatch.setattr(lean_module, "sdpa_attention_forward", lambda *_, **__: "sdpa")
     x = torch.zeros(1, 2, 4, 8)
     seen = torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    long, whole = torch.zeros(1, 2, 129, 8), torch.ones(1, 1, 129, 129, dtype=torch.bool)
+    long, whole = torch.zeros(1, 2, 49, 8), torch.ones(1, 1, 49, 49, dtype=torch.bool)
     others = {
         "no mask": (x, x, None, {}),
         "bfloat16": (x.bfloat16(), x.bfloat16(), seen, {}),
-        "one query": (x[:, :, :1], x, seen[:, :, :1], {}),
+        "one query": (x[:, :, :1], x[:, :, :1], seen[:, :, :1, :1], {}),
+        "a query for many": (x[:, :, :1], x, seen[:, :, :1], {}),
+        "a bias": (x, x, seen, {"position_bias": x}),
+        "a cap": (x, x, seen, {"softcap": 30.0}),
         "numbers to be added": (x, x, seen.float(), {}),
         "long": (long, long, whole, {}),
         "dropout": (x, x, seen, {"dropout": 0.1}),

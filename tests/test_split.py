@@ -16,6 +16,7 @@ from peftlab.models.quick_lora import QuickLora, split_products
 from peftlab.models.roles import Roles
 from peftlab.ops.split import SplitRows, SplitWeight, in_tf32
 from peftlab.rl.rollout import PromptBatch, collect_rollout, first_step
+from peftlab.runs.metrics import first_ratio_limit
 from peftlab.sampling import fused
 from peftlab.sampling.fused import fused_step
 from peftlab.sampling.graphed import GraphedDecoder
@@ -92,9 +93,10 @@ def test_the_invariants_of_a_first_step_hold_with_split_products(tiny_causal, sp
     reward = lambda prompts, completions, records: (torch.zeros(len(completions)), {})  # noqa: E731
     sampler = Sampler(roles.twin, roles.tokenizer)
     rollout = collect_rollout(sampler, roles, reward, prompts, [1, 2, 3], Decoding(12), exact=True)
-    first = first_step(roles, rollout, 1.0, 1e-4)
+    first = first_step(roles, rollout, 1.0, first_ratio_limit(roles.precision))
     first.check()
-    assert first.kl == 0.0 and 0 < first.ratio_error < 1e-4 and float(rollout.exact_kl.sum()) == 0.0
+    assert first.kl == 0.0 and 0 < first.ratio_error < first.ratio_limit == 1e-3
+    assert float(rollout.exact_kl.sum()) == 0.0
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])

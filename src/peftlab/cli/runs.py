@@ -248,20 +248,17 @@ def doctor(
     loading()
     from ..recipes.doctor import run_doctor
 
-    findings = run_doctor(str(RUNS / stack) if (RUNS / stack).is_dir() else stack, device)
+    environment, checks = run_doctor(str(RUNS / stack) if (RUNS / stack).is_dir() else stack, device)
     if as_json:
-        print_value(findings, True)
+        records = [check.record() for check in checks]
+        print_value({"schema_version": 1, "environment": environment, "checks": records}, True)
     else:
-        print_value(findings["environment"], False)
-        print_rows([_check(**check) for check in findings["checks"]], False)
-    if not all(check["ok"] for check in findings["checks"]):
+        print_value(environment, False)
+        # A limit with what the value is to be to it, as in "<= 1e-05"; a check that fails shouts.
+        told = ({"limit": f"{check.bound} {cell(check.limit)}", "ok": "yes" if check.ok else "NO"} for check in checks)
+        print_rows([check.record() | line for check, line in zip(checks, told, strict=True)], False)
+    if not all(check.ok for check in checks):
         raise typer.Exit(1)
-
-
-def _check(name: str, value: float, bound: str, limit: float, ok: bool, detail: str) -> dict[str, Any]:
-    """A check in a line: its limit with what the value is to be to it, as in "<= 1e-05"; one that fails shouts."""
-    told = {"name": name, "value": value, "limit": f"{bound} {cell(limit)}"}
-    return {**told, "ok": "yes" if ok else "NO", "detail": detail}
 
 
 def _with_interval(value: float | None, ends: list[float] | None) -> str:

@@ -20,9 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from ..ops.split import in_tf32
 
 ATTENTION = "peftlab_short_rows"
-LONGEST = 128  # tokens of a row, beyond which the square of all scores costs more memory than it saves time
-LEAST = torch.finfo(torch.float32).min  # a score: finite, since a row of padding may see nothing
-Recipe = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+# Tokens of a row, beyond which the square of all scores costs more than it saves; elsewhere it was not tried.
+LONGEST = {"cpu": 48, "cuda": 128}
+UNSEEN = torch.finfo(torch.float32).min  # a score: finite, since a row of padding may see nothing
+Recompute = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
 def attend_in_full(model: nn.Module) -> None:
@@ -36,28 +37,34 @@ def keep_less(model: nn.Module) -> None:
     """Let a causal model keep less for its backward, which takes a little more time; what it computes stays the same.
 
     What a norm or an activation gives is the input of LoRA layers, which would keep it beside what it was made of.
-    `QuickLora` keeps how to make it again instead (`recipe`).
+    `QuickLora` keeps how to make it again instead (`recompute`).
     """
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm | nn.LayerNorm | nn.GELU):
-            module.register_forward_hook(_with_recipe)
+            module.register_forward_hook(_remember)
         elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
             module.__class__ = LeanMLP
 
 
-def recipe(x: Tensor) -> Recipe:
-    """A function, and the tensors of which it makes x again; of a tensor like any other itself."""
-    found: Recipe = getattr(x, "recipe", None) or (_itself, (x,))
-    return found
+def recompute(x: Tensor) -> Recompute:
+    """A function, and the tensors of which it makes x again; of a tensor like any other, or changed since, itself."""
+    version, *how = getattr(x, "made_by", (None, _itself, (x,)))
+    return tuple(how) if version == x._version else (_itself, (x,))
 
 
 def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _with_recipe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+def _note(output: Tensor, make: Callable[..., Tensor], *made_of: Tensor) -> Tensor:
+    """`output`, with a note of how it was made, where a backward may ask."""
     if output.requires_grad:
-        output.recipe = module.forward, (args[0].detach(),)  # type: ignore[attr-defined]
+        output.made_by = output._version, make, tuple(tensor.detach() for tensor in made_of)  # type: ignore[attr-defined]
+    return output
+
+
+def _remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    _note(output, module.forward, *args)
 
 
 class LeanMLP(LlamaMLP):
@@ -65,10 +72,7 @@ class LeanMLP(LlamaMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        product: Tensor = _Gated.apply(gate, up)
-        if product.requires_grad:
-            product.recipe = _gated, (gate.detach(), up.detach())  # type: ignore[attr-defined]
-        made: Tensor = self.down_proj(product)
+        made: Tensor = self.down_proj(_note(_Gated.apply(gate, up), _gated, gate, up))
         return made
 
 
@@ -100,7 +104,8 @@ def attention(
     seen, or, without one, causally; all others by `scaled_dot_product_attention`.
     """
     length = query.shape[2]
-    plain = query.dtype == torch.float32 and 1 < length == key.shape[2] <= LONGEST and not given.get("dropout")
+    short = query.dtype == torch.float32 and 1 < length == key.shape[2] <= LONGEST.get(query.device.type, 0)
+    plain = short and not (given.get("dropout") or given.get("softcap") or given.get("position_bias") is not None)
     seen = attention_mask
     if seen is None and getattr(module, "is_causal", False) and given.get("is_causal") is not False:
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
@@ -112,7 +117,8 @@ def attention(
 
 
 class _ShortRows(torch.autograd.Function):
-    """softmax(s Q K^T) V with all scores at once; its gradients in TF32. The n heads of a key are rows of one product.
+    """softmax(s Q K^T) V with all scores at once; on CUDA its gradients in TF32. The n heads of a key are rows of one
+    product.
 
     Keeps the probabilities, B H T^2 of them, where fused kernels keep what they gave and a key for each head.
     """
@@ -120,27 +126,27 @@ class _ShortRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
         rows, heads, length, width = query.shape
-        shared = key.shape[1]
-        q = query.reshape(rows * shared, -1, width)
-        k, v = (part.reshape(rows * shared, length, width) for part in (key, value))
+        groups = rows * key.shape[1]
+        q = query.reshape(groups, -1, width)
+        k, v = (part.reshape(groups, length, width) for part in (key, value))
         scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-        scores.view(rows, heads, length, length).masked_fill_(~seen, LEAST)
-        chances = scores.softmax(-1)
-        ctx.save_for_backward(q, k, v, chances)
+        scores.view(rows, heads, length, length).masked_fill_(~seen, UNSEEN)
+        probabilities = scores.softmax(-1)
+        ctx.save_for_backward(q, k, v, probabilities)
         ctx.scale, ctx.shape = scale, query.shape
-        return (chances @ v).view(query.shape)
+        return (probabilities @ v).view(query.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, chances = ctx.saved_tensors
+        q, k, v, probabilities = ctx.saved_tensors
         rows, _, length, width = ctx.shape
         gradient = gradient.reshape(q.shape)
         with in_tf32(q.is_cuda):
-            of_chances = gradient @ v.transpose(1, 2)
-            of_scores = torch._softmax_backward_data(of_chances, chances, -1, torch.float32).mul_(ctx.scale)
+            slopes = gradient @ v.transpose(1, 2)
+            of_scores = torch._softmax_backward_data(slopes, probabilities, -1, torch.float32).mul_(ctx.scale)
             of_query = (of_scores @ k).view(ctx.shape)
-            of_key, of_value = of_scores.transpose(1, 2) @ q, chances.transpose(1, 2) @ gradient
+            of_key, of_value = of_scores.transpose(1, 2) @ q, probabilities.transpose(1, 2) @ gradient
         shape = rows, -1, length, width
         return of_query, of_key.view(shape), of_value.view(shape), None, None
 

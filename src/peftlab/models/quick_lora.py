@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.split import SplitRows, SplitWeight, in_tf32, splits_pay
-from .lean import recipe
+from .lean import recompute
 
 
 def quicken(model: nn.Module) -> None:
@@ -109,7 +109,7 @@ class _LowRank(torch.autograd.Function):
         result = layer.base(x)
         low = layer.down(x, down)
         result.view(-1, result.shape[-1]).addmm_(low, up.t(), alpha=scale)
-        ctx.make, made_of = recipe(x)
+        ctx.make, made_of = recompute(x)
         ctx.save_for_backward(low, down, up, *made_of)
         ctx.layer, ctx.scale, ctx.shape = layer, scale, x.shape
         return result

@@ -85,6 +85,7 @@ class Roles:
         known = capturable(base)
         if known:  # another class might ask an attention for more than ours gives
             attend_in_full(base)
+            attend_in_full(self.twin)
         if not splits_pay(self.device) or self.captured is not None:
             return
         split_products(self.model)

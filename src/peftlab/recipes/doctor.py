@@ -34,8 +34,12 @@ class Check:
     ok: bool
     detail: str
 
+    def record(self) -> dict[str, Any]:
+        """What other tools read of it."""
+        return {name: value for name, value in asdict(self).items() if name != "bound"}
 
-def run_doctor(stack_name: str = "tiny-gpt2", device: str = "auto") -> dict[str, Any]:
+
+def run_doctor(stack_name: str = "tiny-gpt2", device: str = "auto") -> tuple[dict[str, Any], list[Check]]:
     """Environment, and the checks of a stack with a fresh LoRA policy on it."""
     backbone, stack = load_stack(stack_name, device=device)
     if stack.kind != "causal":
@@ -45,8 +49,7 @@ def run_doctor(stack_name: str = "tiny-gpt2", device: str = "auto") -> dict[str,
     tiny = stack.base == "tiny-gpt2" and roles.device.type == "cpu"
     limit = first_ratio_limit(roles.precision, tiny_on_cpu=tiny)
     checks = [*_rollout_checks(roles, limit), *_model_checks(roles), *_training_checks(roles)]
-    about = {"model": stack_name, "base": stack.base, **environment(roles)}
-    return {"schema_version": 1, "environment": about, "checks": [asdict(check) for check in checks]}
+    return {"model": stack_name, "base": stack.base, **environment(roles)}, checks
 
 
 def environment(roles: Roles) -> dict[str, Any]:

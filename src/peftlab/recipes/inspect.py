@@ -117,9 +117,9 @@ def _nothing(root: Path, path: Path, summary: Row) -> str:
             f"run {name} is a dpo run: it learns from pairs and samples nothing while it trains; "
             f"`peftlab report {name}` shows its margins, and its samples before and after"
         )
-    if status in ("failed", "stopped", "killed"):
-        return f"run {name} has no rollouts; {status}: {summary['reason']}"
     if recipe in ("ppo", "rloo"):
+        if status in ("failed", "stopped", "killed"):
+            return f"run {name} has no rollouts; {status}: {summary['reason']}"
         return f"run {name} has recorded no rollouts yet; the first come with its first step"
     return f"run {name} is a {recipe} run and has no rollouts; ppo and rloo record them; see `peftlab report {name}`"
 

@@ -37,7 +37,7 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
         raise UserError(f"predict: {adapter} scores an answer to a prompt; give --input with `prompt` and `completion`")
     if source is None and resolve(adapter).kind == "causal":
         raise UserError(
-            f"predict: {adapter} is a base model, which only continues a text; "
+            f"predict: {adapter} is a model without an adapter, which only continues a text; "
             f"`peftlab generate {adapter} --prompt TEXT` does that"
         )
     wanted = ANSWER if kind == "reward" else INPUT
