@@ -67,7 +67,7 @@ def stop(monkeypatch, verb: str, given: list[str], runs: Path, name: str | None 
 
 
 def test_a_bare_resume_takes_the_run_that_was_stopped(shop, tmp_path, monkeypatch, capsys):
-    """Not the folder that rejected data left behind it, before or after."""
+    """Not the folder that rejected data left behind it afterwards; one left before gives its name to the run."""
     good, bad = pairs(shop, "sft"), pairs(shop, "sft", "train_data=missing.jsonl")
     with pytest.raises(UserError, match=r"missing\.jsonl"):
         launch("sft", None, bad, tmp_path)
@@ -78,11 +78,11 @@ def test_a_bare_resume_takes_the_run_that_was_stopped(shop, tmp_path, monkeypatc
         launch("sft", None, bad, tmp_path)
     capsys.readouterr()
     summary = launch("sft", None, good, tmp_path, resume=True)
-    assert (summary["run"], summary["status"]) == ("sft-2", "done")
+    assert (summary["run"], summary["status"]) == ("sft", "done")
     said = capsys.readouterr().err
-    assert said.startswith("sft-2: resuming this run\n") and "sft-2: goes on after step 1\n" in said
-    assert launch("sft", None, good, tmp_path, resume=True)["run"] == "sft-2"
-    assert capsys.readouterr().err == "sft-2: already done; nothing to resume\n"
+    assert said.startswith("sft: resuming this run\n") and "sft: goes on after step 1\n" in said
+    assert launch("sft", None, good, tmp_path, resume=True)["run"] == "sft"
+    assert capsys.readouterr().err == "sft: already done; nothing to resume\n"
 
 
 class Job(Config):
@@ -114,6 +114,20 @@ def test_the_newest_run_of_the_same_config_is_resumed_before_any_other(tmp_path)
     assert free_name(tmp_path, "job", True, Job(size=3)) == "d", "refused with the keys that differ"
     shutil.rmtree(tmp_path / "a")
     assert (free_name(tmp_path, "a", False, Job()), free_name(tmp_path, "b", False, Job())) == ("a", "b-2")
+
+
+def test_a_run_that_failed_before_its_first_figure_leaves_its_name_to_the_next(tmp_path):
+    """Also where the next says --resume, in vain, and its config is the mended one."""
+    for resume in (False, True):
+        with pytest.raises(LabError), RunDir.create(tmp_path, "job", "job", to_toml(Job(size=9))).session():
+            raise LabError("no such model")
+        assert free_name(tmp_path, "job", False, Job()) == "job"
+        run = RunDir.create(tmp_path, "job", "job", to_toml(Job()), resume=resume)
+        assert not run.resumed
+        with run.session():
+            run.finish({}, {})
+        assert free_name(tmp_path, "job", False, Job()) == "job-2"
+        shutil.rmtree(run.path)
 
 
 def test_a_stop_tells_the_command_that_continues(shop, tmp_path, monkeypatch):

@@ -99,7 +99,8 @@ def test_the_users_function_is_found_in_the_working_directory(tmp_path, monkeypa
     for path, words in {
         "my_house_rewards": "expected module:function",
         ":short": "expected module:function",
-        "my_house_rewards:long": "has no 'long'",
+        "my_house_rewards:long": "has no 'long'$",
+        "my_house_rewards:shrot": r"has no 'shrot'; did you mean short\?",
         "my_house_rewards:x": "not a function",
         "nowhere_to_be_found:f": "no module 'nowhere_to_be_found'",
     }.items():

@@ -13,7 +13,7 @@ from ..errors import Interrupted, LabError, UserError
 from ..report import render
 from ..runs.launched import rank, world_size
 from ..runs.progress import say, watched
-from ..runs.rundir import RunDir, ended_runs
+from ..runs.rundir import RunDir, ended_runs, vacant
 from ..training.arguments import TrainConfig
 from . import load
 from .several import joined, of_first, opened, require_same_job, require_shares
@@ -85,11 +85,11 @@ def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Train
 
 
 def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
-    """`name`, or the first of name-2, name-3 ... that is not taken; for a resume the run of `config` to go on with."""
+    """`name`, or the first of name-2, name-3 ... that is vacant; for a resume the run of `config` to go on with."""
     if resume:
         return _to_resume(root, config)
     names = [name, *(f"{name}-{n}" for n in range(2, 1000))]
-    return next(n for n in names if not (root / n / "config.toml").exists())
+    return next(n for n in names if vacant(root / n))
 
 
 def _to_resume(root: Path, config: Config) -> str:

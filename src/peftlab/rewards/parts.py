@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import traceback
@@ -109,7 +110,9 @@ def user_function(path: str) -> RewardFunction:
     except Exception as error:  # the user's module runs here, and may fail in any way
         raise UserError(f"reward {path!r}: importing it failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, function_name):
-        raise UserError(f"reward {path!r}: module {module_name} has no {function_name!r}")
+        near = difflib.get_close_matches(function_name, dir(module), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"reward {path!r}: module {module_name} has no {function_name!r}{hint}")
     function = getattr(module, function_name)
     if not callable(function):
         raise UserError(f"reward {path!r}: {function_name} is not a function")

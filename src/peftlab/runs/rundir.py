@@ -65,6 +65,23 @@ def differences(old_toml: str, new_toml: str, places: tuple[str, str] = ("there"
     return [f"{key} ({old.get(key, 'absent')!r} {before}, {new.get(key, 'absent')!r} {now})" for key in keys]
 
 
+def vacant(path: Path) -> bool:
+    """Whether a run may begin in this folder: it is not there or empty, or nothing of what is there is worth keeping.
+
+    A run counts as begun once config.toml, written last, is there; what a kill left before that is ours to replace, and
+    what a run left that failed before its first figure: once mended, the same command may run.
+    """
+    ours = {LOCK, "environment.json"}
+    if _failed(path):
+        ours |= {"config.toml", "events.jsonl", "summary.json", "report.html", "skipped.jsonl"}
+    there = path.iterdir() if path.is_dir() else ()
+    return all(entry.name in ours or ".tmp-" in entry.name for entry in there)
+
+
+def _failed(path: Path) -> bool:
+    return bool(outcome(path)["status"] == "failed")
+
+
 def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
 
@@ -119,7 +136,7 @@ class RunDir:
                 f"cannot use run folder {path}: {error.strerror}; choose another place or --run"
             ) from None
         with guard:
-            begun = (path / "config.toml").is_file()
+            begun = (path / "config.toml").is_file() and not (_failed(path) and vacant(path))
             if begun and resume:
                 cls._check_same(path, name, recipe, config_toml)
             else:
@@ -142,21 +159,15 @@ class RunDir:
         if differing:
             raise UserError(
                 f"cannot resume run {name!r} with another configuration: {', '.join(differing)}; "
-                f"use the values of {path / 'config.toml'}, or another --run"
+                f"use the values of {path / 'config.toml'} (give that file as the config), or another --run"
             )
 
     @staticmethod
     def _begin(path: Path, name: str, recipe: str, config_toml: str, extra: Mapping[str, Any]) -> None:
-        # A run counts as begun once config.toml, written last, is there; what a kill left before that is ours
-        # to replace.
-        ours = {LOCK, "environment.json"}
-        failed = outcome(path)["status"] == "failed"
-        if failed:  # before its first figure: once mended, the same command may run
-            ours |= {"config.toml", "events.jsonl", "summary.json", "report.html", "skipped.jsonl"}
-        if any(entry.name not in ours and ".tmp-" not in entry.name for entry in path.iterdir()):
+        if not vacant(path):
             raise UserError(
                 f"run folder {path} is not empty; --resume continues that run, another --run starts anew"
-                + ("; peftlab runs prune --status failed removes those that failed" if failed else "")
+                + ("; peftlab runs prune --status failed removes those that failed" if _failed(path) else "")
             )
         about = {
             "schema_version": 1,

@@ -62,4 +62,4 @@ class StopSignals:
             return
         # os.write, since print inside a handler can meet its own buffer's lock.
         Progress.open = False  # the message begins with the line's end
-        os.write(2, b"\nstopping after this step, with a checkpoint; the same signal again leaves at once\n")
+        os.write(2, b"\nstopping after this step, with a checkpoint; a second signal leaves at once\n")
