@@ -165,7 +165,7 @@ OTHER = {
     "predict {reward} --text good --device gpu": ["device", "'gpu'", "auto"],
     "predict imdb-sentimnet --text good": ["did you mean imdb-sentiment"],
     "predict {encoder} --text good": ["encoder"],
-    "predict {gpt2} --text good": ["base model", "peftlab generate", "--prompt"],
+    "predict {gpt2} --text good": ["model without an adapter", "peftlab generate", "--prompt"],
     "predict {changed} --text good": ["sha256", "restore"],
     "predict {moved} --text good": ["encoder-moved", "another"],
     "generate {reward} --prompt good": ["classifier", "peftlab predict"],

@@ -100,6 +100,8 @@ class PolicyRun:
         backbone, under = load_stack(config.model, device=device)
         note_model(run, "model", config.model, backbone.fingerprint)
         roles = Roles(backbone, config.lora, "none")
+        if isinstance(config, PolicyConfig):  # ppo or rloo, whose figures came from these kernels
+            roles.quicken()
         ground = replace(backbone, model=roles.model), stack_over(config.model, under, roles.tokenizer)
         return cls(run, config, roles, ground)
 
