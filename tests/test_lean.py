@@ -69,6 +69,14 @@ def test_lean_passes_say_and_learn_what_plain_ones_do_and_keep_less(tiny_causal,
     assert (norms, fewer) == (2 * layers, 1)
 
 
+def test_tensors_of_inference_mode_which_have_no_version_pass(tiny_causal):
+    model = adapted(tiny_causal, "llama")
+    keep_less(model.get_base_model())
+    before = causal_logits(model, IDS, MASK, 3).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(causal_logits(model, IDS, MASK, 3), before)
+
+
 def test_what_changed_since_it_was_made_is_kept_itself(tiny_causal):
     model = tiny_causal("gpt2")[0]
     keep_less(model)

@@ -48,8 +48,11 @@ def keep_less(model: nn.Module) -> None:
 
 def recompute(x: Tensor) -> Recompute:
     """A function, and the tensors of which it makes x again; of a tensor like any other, or changed since, itself."""
-    version, *how = getattr(x, "made_by", (None, _itself, (x,)))
-    return tuple(how) if version == x._version else (_itself, (x,))
+    noted = getattr(x, "made_by", None)
+    if noted is None or noted[0] != x._version:
+        return _itself, (x,)
+    _, make, made_of = noted
+    return make, made_of
 
 
 def _itself(x: Tensor) -> Tensor:
