@@ -173,10 +173,19 @@ def _value(text: str) -> Any:
         return text
 
 
+# Where pydantic says the same twice.
+PLAIN = {"float_parsing": "a number", "int_parsing": "an integer", "bool_parsing": "true or false"}
+
+
 def _explain(cls: type[Config], error: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return _unknown(key, keys(cls))
+    if error["type"] == "model_type":
+        inner = next(name for name in keys(cls) if name.startswith(f"{key}."))
+        return f"{key}: is a table; set a key of it, as in {inner}={error['input']!r}"
+    if error["type"] in PLAIN:
+        return f"{key}: is to be {PLAIN[error['type']]}, not {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}, not {error['input']!r}" if key else message
 
