@@ -117,14 +117,14 @@ def continuations() -> list[Job]:
     """SmolLM2 on IMDb: a reward model of pairs that `imdb-sentiment` ranks; PPO, RLOO, DPO towards praise."""
     pairs = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl"
     shape = "model=RUNS/sft prompt_tokens=[2,8] max_new_tokens=48 eval_prompts=750 lora.r=16 lora.alpha=32"
-    steered = f"{shape} steps=200 lr=3e-4 kl_target=5 kl_horizon=2000 kl_stop=12"
+    steered = f"{shape} steps=200 kl_target=5 kl_horizon=2000 kl_stop=12"
     jobs = [
         Job("sft", "sft smollm2-imdb train_limit=8000"),
         Job("pairs", f"{PAIRS} --limit 8000 --dtype bfloat16", ("sft",)),
         Job("reward", f"reward reward-explanations model=RUNS/sft {pairs} max_length=128", ("pairs",)),
     ]
     for seed in range(5):
-        ppo = "prompts_per_step=256 minibatch_size=128 critic_lr=1e-3"
+        ppo = "prompts_per_step=256 minibatch_size=128 lr=3e-4 critic_lr=1e-3"
         jobs.append(Job(f"ppo-s{seed}", f"ppo ppo-tiny {steered} {ppo} seed={seed}", ("sft",)))
         if seed < 3:
             dpo = f"{shape} {pairs} max_length=64 beta=0.5 lr=1e-4"

@@ -5,7 +5,6 @@ Knows the machinery and no job: each recipe declares its own `Config` subclass n
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 
 SHIPPED = Path(__file__).parent / "configs"
 
@@ -127,9 +126,8 @@ def _find(source: str) -> Path:
     shipped = shipped_configs()
     if source in shipped:
         return shipped[source]
-    near = difflib.get_close_matches(source, shipped, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; shipped configs: {', '.join(shipped)}"
-    raise UserError(f"config {source}: no such file and no shipped config of that name{hint}")
+    hint = did_you_mean(source, shipped) or f"shipped configs: {', '.join(shipped)}"
+    raise UserError(f"config {source}: no such file and no shipped config of that name; {hint}")
 
 
 def _apply(cls: type[Config], data: dict[str, Any], override: str) -> None:
@@ -191,8 +189,7 @@ def _explain(cls: type[Config], error: Mapping[str, Any]) -> str:
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}")
+    return f"unknown key {key}; " + (did_you_mean(key, known, 0.5) or f"known keys: {', '.join(known)}")
 
 
 def _lines(table: Mapping[str, Any], tables: list[str], prefix: str = "") -> list[str]:

@@ -6,12 +6,20 @@ command line prints it without a traceback. Any other exception is a bug of ours
 
 from __future__ import annotations
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 def brief(error: BaseException) -> str:
     """What a library's error says, for a message of ours: its class and its first line, cut."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known name nearest to this one, as a question that ends a message; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 class PeftlabError(Exception):

@@ -255,8 +255,9 @@ def doctor(
     else:
         print_value(environment, False)
         # A limit with what the value is to be to it, as in "<= 1e-05"; a check that fails shouts.
-        told = ({"limit": f"{check.bound} {cell(check.limit)}", "ok": "yes" if check.ok else "NO"} for check in checks)
-        print_rows([check.record() | line for check, line in zip(checks, told, strict=True)], False)
+        words = {True: "yes", False: "NO"}
+        told = [c.record() | {"limit": f"{c.bound} {cell(c.limit)}", "ok": words[c.ok]} for c in checks]
+        print_rows(told, False)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 

@@ -5,13 +5,12 @@ Files are read row by row, so a check needs the memory of one row and of the ids
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from .readers import READERS, Row
 from .records import FIELDS, KINDS, Missing, Record, fields_of, parse_row, row_id, shown
 
@@ -161,8 +160,7 @@ def known_fields(columns: Mapping[str, str]) -> Mapping[str, str]:
     """`columns` itself. Raises ValueError where a key is no field of any row, or where two shapes are mapped."""
     for name in columns:
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(FIELDS)}"
+            hint = did_you_mean(name, FIELDS) or f"expected some of {', '.join(FIELDS)}"
             raise ValueError(f"{shown(name)} is no field of a row; {hint}")
     shapes = [next(name for name in columns if name in shape) for shape in SHAPES if shape & columns.keys()]
     if len(shapes) > 1:

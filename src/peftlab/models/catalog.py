@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..config import command_for
 from ..data.pull import WHEELS, cache_home, derived
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from .personas import persona_files
 
 Kind = Literal["causal", "encoder", "seq2seq", "adapter"]
@@ -84,9 +84,9 @@ def resolve(name: str) -> Entry:
         command = command_for(name.removeprefix("runs/")) if name.startswith("runs/") else ""
         first = f"run `{command}` first; " if command else ""
         raise UserError(f"model {name!r}: no such folder; {first}{_hint(name) or f'known offline: {OFFLINE}'}")
-    near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.75)
+    near = did_you_mean(name, known_names(), 0.75)
     if near and "/" not in name:  # OWNER/NAME is a Hub id, however much it resembles ours
-        raise UserError(f"model {name}: no such model or folder; did you mean {near[0]}?")
+        raise UserError(f"model {name}: no such model or folder; {near}")
     return _from_hub(name)
 
 

@@ -17,12 +17,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from ..ops.masks import UNSEEN
 from ..ops.split import in_tf32
 
 ATTENTION = "peftlab_short_rows"
 # Tokens of a row, beyond which the square of all scores costs more than it saves; elsewhere it was not tried.
 LONGEST = {"cpu": 48, "cuda": 128}
-UNSEEN = torch.finfo(torch.float32).min  # a score: finite, since a row of padding may see nothing
 Recompute = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
@@ -110,9 +110,9 @@ def attention(
     short = query.dtype == torch.float32 and 1 < length == key.shape[2] <= LONGEST.get(query.device.type, 0)
     plain = short and not (given.get("dropout") or given.get("softcap") or given.get("position_bias") is not None)
     seen = attention_mask
-    if seen is None and getattr(module, "is_causal", False) and given.get("is_causal") is not False:
+    if plain and seen is None and getattr(module, "is_causal", False) and given.get("is_causal") is not False:
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    if seen is None or seen.dtype != torch.bool or not plain:
+    if not plain or seen is None or seen.dtype != torch.bool:
         made: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
         return made
     out: Tensor = _ShortRows.apply(query, key, value, seen, given.get("scaling") or query.shape[-1] ** -0.5)

@@ -6,7 +6,6 @@ TOML, NAME.toml in ./personas, in $PEFTLAB_HOME/personas, or shipped; the first 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..config import Config, load_config, to_toml, validated
 from ..data.pull import cache_home
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..runs.atomic import write_text
 from ..runs.names import NAME
 
@@ -105,8 +104,7 @@ def load_persona(name: str) -> Persona:
     if not (path.suffix == ".toml" and path.is_file()):
         files = persona_files()
         if name not in files:
-            near = difflib.get_close_matches(name, files, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(files)}"
+            hint = did_you_mean(name, files) or f"there are {', '.join(files)}"
             raise UserError(f"persona {name!r}: no such persona; {hint}")
         path = files[name]
     persona = load_config(Persona, str(path))

@@ -93,8 +93,8 @@ class Roles:
             self.split_head = SplitHead(self.unembedding)
         if known:
             keep_less(base)
-        if known and self.device.type == "cuda":
-            self.captured = CapturedStates(self.model)
+            if self.device.type == "cuda":
+                self.captured = CapturedStates(self.model)
 
     @property
     def device(self) -> torch.device:

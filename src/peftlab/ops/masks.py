@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# The score of a place that must not be seen. Finite, so that a row of such places alone yields no NaN.
+UNSEEN = -1e30
+
 
 def position_ids(mask: Tensor) -> Tensor:
     """Positions 0, 1, 2 ... over the True entries of each row, whatever the padding side. (B, T) -> (B, T) long.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 import traceback
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LabError, PeftlabError, UserError, brief
+from ..errors import LabError, PeftlabError, UserError, brief, did_you_mean
 from ..runs.names import NAME
 
 # (prompts, completions, records) -> one number per completion, or {part name: numbers}.
@@ -110,9 +109,8 @@ def user_function(path: str) -> RewardFunction:
     except Exception as error:  # the user's module runs here, and may fail in any way
         raise UserError(f"reward {path!r}: importing it failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, function_name):
-        near = difflib.get_close_matches(function_name, dir(module), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"reward {path!r}: module {module_name} has no {function_name!r}{hint}")
+        near = did_you_mean(function_name, dir(module))
+        raise UserError(f"reward {path!r}: module {module_name} has no {function_name!r}" + (near and f"; {near}"))
     function = getattr(module, function_name)
     if not callable(function):
         raise UserError(f"reward {path!r}: {function_name} is not a function")

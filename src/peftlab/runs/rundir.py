@@ -71,11 +71,10 @@ def vacant(path: Path) -> bool:
     A run counts as begun once config.toml, written last, is there; what a kill left before that is ours to replace, and
     what a run left that failed before its first figure: once mended, the same command may run.
     """
-    ours = {LOCK, "environment.json"}
-    if _failed(path):
-        ours |= {"config.toml", "events.jsonl", "summary.json", "report.html", "skipped.jsonl"}
-    there = path.iterdir() if path.is_dir() else ()
-    return all(entry.name in ours or ".tmp-" in entry.name for entry in there)
+    before = {LOCK, "environment.json"}
+    early = before | {"config.toml", "events.jsonl", "summary.json", "report.html", "skipped.jsonl"}
+    there = {entry.name for entry in path.iterdir() if ".tmp-" not in entry.name} if path.is_dir() else set()
+    return there <= before or there <= early and _failed(path)
 
 
 def _failed(path: Path) -> bool:
@@ -136,7 +135,7 @@ class RunDir:
                 f"cannot use run folder {path}: {error.strerror}; choose another place or --run"
             ) from None
         with guard:
-            begun = (path / "config.toml").is_file() and not (_failed(path) and vacant(path))
+            begun = (path / "config.toml").is_file() and not vacant(path)
             if begun and resume:
                 cls._check_same(path, name, recipe, config_toml)
             else:

@@ -16,9 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..ops.masks import position_ids
+from ..ops.masks import UNSEEN, position_ids
 from .attention import few_queries
-from .slab import UNSEEN
 
 # (layer, query (B, H, D), key and value (B, G, D)) -> (B, H * D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

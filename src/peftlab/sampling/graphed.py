@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..ops.masks import UNSEEN
 from .attention import few_queries
 from .choice import BLOCK, Decoding, choose_in_blocks, row_uniforms
 from .fused import FusedStep
-from .slab import UNSEEN, Slab, row_bucket, slot_bucket
+from .slab import Slab, row_bucket, slot_bucket
 
 # Tokens of prompts up to which reading them is worth a graph; above, the device is busy for longer than launches take.
 CAPTURED_TOKENS = 1 << 14

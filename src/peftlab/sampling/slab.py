@@ -11,10 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.masks import position_ids
-
-# What is added to scores of slots that must not be seen. Finite, so that a block of them alone yields no NaN.
-UNSEEN = -1e30
+from ..ops.masks import UNSEEN, position_ids
 
 
 def row_bucket(rows: int) -> int:
