@@ -93,22 +93,23 @@ def explanations() -> list[Job]:
         Job("pairs", f"{answers} --prompts imdb-explanations:train --limit 6000 --held-out 200", ("sft",)),
         Job("pairs-held-out", f"{answers} --prompts imdb-explanations:test --held-out 0.95", ("sft",)),
         Job("reward", f"reward reward-explanations model=RUNS/sft {pairs}", made),
+        *(
+            Job(
+                f"{how}-s{seed}",
+                f"{how} {how}-explanations {steps} {size} reward=RUNS/reward/adapter seed={seed}",
+                ("reward",),
+            )
+            for seed in range(3)
+            for how, size in sizes.items()
+        ),
+        *(
+            Job(f"dpo-s{seed}", f"dpo dpo-explanations model=RUNS/sft {pairs} beta=0.5 seed={seed}", made)
+            for seed in range(3)
+        ),
         Job("reward-flipped", f"reward reward-explanations model=RUNS/sft {pairs} flip_labels=0.25", made),
         *(
-            job
+            Job(f"ppo-rubric-s{seed}", f"ppo ppo-explanations {steps} {sizes['ppo']} seed={seed}", ("sft",))
             for seed in range(3)
-            for job in (
-                *(
-                    Job(
-                        f"{how}-s{seed}",
-                        f"{how} {how}-explanations {steps} {size} reward=RUNS/reward/adapter seed={seed}",
-                        ("reward",),
-                    )
-                    for how, size in sizes.items()
-                ),
-                Job(f"dpo-s{seed}", f"dpo dpo-explanations model=RUNS/sft {pairs} beta=0.5 seed={seed}", made),
-                Job(f"ppo-rubric-s{seed}", f"ppo ppo-explanations {steps} {sizes['ppo']} seed={seed}", ("sft",)),
-            )
         ),
     ]
 
@@ -123,14 +124,13 @@ def continuations() -> list[Job]:
         Job("pairs", f"{PAIRS} --limit 8000 --dtype bfloat16", ("sft",)),
         Job("reward", f"reward reward-explanations model=RUNS/sft {pairs} max_length=128", ("pairs",)),
     ]
+    ppo = "prompts_per_step=256 minibatch_size=128 lr=3e-4 critic_lr=1e-3"
     for seed in range(5):
-        ppo = "prompts_per_step=256 minibatch_size=128 lr=3e-4 critic_lr=1e-3"
-        jobs.append(Job(f"ppo-s{seed}", f"ppo ppo-tiny {steered} {ppo} seed={seed}", ("sft",)))
         if seed < 3:
-            dpo = f"{shape} {pairs} max_length=64 beta=0.5 lr=1e-4"
-            rloo = "prompts_per_step=64 lr=1e-4"
+            rloo, dpo = "prompts_per_step=64 lr=1e-4", f"{shape} {pairs} max_length=64 beta=0.5 lr=1e-4"
             jobs.append(Job(f"rloo-s{seed}", f"rloo rloo-tiny {steered} {rloo} seed={seed}", ("sft",)))
             jobs.append(Job(f"dpo-s{seed}", f"dpo dpo-tiny {dpo} seed={seed}", ("pairs",)))
+        jobs.append(Job(f"ppo-s{seed}", f"ppo ppo-tiny {steered} {ppo} seed={seed}", ("sft",)))
     return jobs
 
 
@@ -162,21 +162,21 @@ def overoptimization() -> list[Job]:
     jobs = [Job("sft", "sft sft-tiny"), Job("pairs", PAIRS, ("sft",))]
     data = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl max_length=64"
     reward = f"reward reward-tiny model=RUNS/sft {data}"
-    for pairs in (500, 2000, 20_000):
-        for noise in ("", "-noisy"):
-            for size in ("", "-five"):
-                name = f"rm{pairs}{noise}{size}"
-                keys = " flip_labels=0.25" * bool(noise) + " members=5 combine=min" * bool(size)
-                jobs.append(Job(name, f"{reward} train_limit={pairs}{keys}", ("pairs",)))
-                jobs += [
-                    Job(
-                        f"{name}-kl{target}",
-                        f"ppo ppo-tiny model=RUNS/sft reward=RUNS/{name}/adapter prompt_tokens=[2,8] max_new_tokens=48 "
-                        f"steps=100 prompts_per_step=128 kl_target={target} kl_horizon=2000 kl_stop=0 eval_prompts=750",
-                        (name,),
-                    )
-                    for target in (2, 5, 10, 20, 40)
-                ]
+    rewards = [
+        (f"rm{pairs}{noise}{size}", pairs, noise, size)
+        for size in ("", "-five")
+        for noise in ("", "-noisy")
+        for pairs in (500, 2000, 20_000)
+    ]
+    for name, pairs, noise, size in rewards:
+        keys = " flip_labels=0.25" * bool(noise) + " members=5 combine=min" * bool(size)
+        jobs.append(Job(name, f"{reward} train_limit={pairs}{keys}", ("pairs",)))
+    shape = "prompt_tokens=[2,8] max_new_tokens=48 steps=100 prompts_per_step=128 kl_horizon=2000 kl_stop=0"
+    for target in (40, 10, 20, 5, 2):
+        for name, *_ in rewards:
+            aim = f"kl_target={target} kl_coef={0.8 / target} eval_prompts=750"
+            given = f"model=RUNS/sft reward=RUNS/{name}/adapter {shape} {aim}"
+            jobs.append(Job(f"{name}-kl{target}", f"ppo ppo-tiny {given}", (name,)))
     return jobs
 
 

@@ -3,8 +3,8 @@
 One JSON line a row: `ours_s` and `peer_s` are seconds per 10,000 tokens that are not padding, medians of alternating
 runs; `ours_gb` and `peer_gb` the most memory that was in use (on a GPU).
 The usual script cuts each review at a length, pads it (sft: to that length; classify: to the longest of its batch) and
-draws batches at random; the lab packs (sft) or batches by length (classify). `sft` has two peers: the script as it is
-mostly found, batches of 4 x 128, and one with the tokens of our batch.
+draws batches at random; the lab packs (sft) or batches by length (classify). `sft` has three peers: the script as it is
+mostly found, batches of 4 x 128, one of 64 x 128, and one with the tokens of our batch.
 
     python benchmarks/train_step.py --device cpu|cuda [--steps 6] [--rounds 5] [--no-peer]
 """
@@ -120,7 +120,7 @@ def base_of(what: str, device: str) -> Any:
 
 def measure(what: str, device: str, steps: int, rounds: int, peers: bool) -> list[dict[str, Any]]:
     """The rows of one recipe."""
-    module, shipped = (sft, "smollm2-imdb") if what == "sft" else (classify, "classify-distilbert")
+    module, shipped = (sft, "gpt2-imdb") if what == "sft" else (classify, "classify-distilbert")
     overrides = [f"device={device}", f"max_steps={steps}", "train_limit=2000", "lora.r=16", "lora.alpha=32"]
     overrides += ["lora.dropout=0"] + (["batch_size=8"] if device == "cpu" else [])
     config = load_config(module.CONFIG, shipped, overrides)
@@ -136,7 +136,7 @@ def measure(what: str, device: str, steps: int, rounds: int, peers: bool) -> lis
     if what == "sft":
         loss, collate = None, lambda batch: collate_language(batch, pad_id)
         length, per_batch = 128, max(4, config.batch_size * config.max_length // 128)
-        scripts = {"Trainer, 4 x 128 padded": 4, f"Trainer, {per_batch} x 128 padded": per_batch}
+        scripts = {f"Trainer, {batch} x 128 padded": batch for batch in sorted({4, 64, per_batch})}
         peer_collate: Any = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         encoded = tokenizer(texts, truncation=True, max_length=length, padding="max_length")
         peer_rows = [{"input_ids": i, "attention_mask": m} for i, m in zip(*encoded.values(), strict=True)]

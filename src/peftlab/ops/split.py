@@ -50,12 +50,12 @@ class SplitRows:
 
 
 def _rows(x: Tensor, wide: int) -> Tensor:
+    width = x.shape[1]
     parts = torch.empty(len(x), wide, dtype=torch.bfloat16, device=x.device)
-    high, low, again, ones = parts.tensor_split([n * x.shape[1] for n in (1, 2, 3)], 1)
-    high.copy_(x)
-    torch.sub(x, high, out=low)
-    again.copy_(high)
-    ones.fill_(1.0)
+    thrice = parts[:, : 3 * width].unflatten(1, (3, width))
+    thrice[:, ::2].copy_(x.unsqueeze(1))  # high twice by one kernel: in decoding it is kernels that count
+    torch.sub(x, thrice[:, 0], out=thrice[:, 1])
+    parts[:, 3 * width :].fill_(1.0)
     return parts
 
 
@@ -95,6 +95,13 @@ class SplitWeight:
         else:
             made = torch.mm(parts, columns, out_dtype=torch.float32, out=out)
         return made.view(*x.shape[:-1], -1)
+
+    def add(self, x: Tensor, to: Tensor) -> Tensor:
+        """`to` (T, E) plus x W^T + b, in place. Without a gradient."""
+        parts, columns = self.rows.of(x, self.biased), self.columns.t()
+        if parts.device.type != "cuda":
+            return to.addmm_(parts.float(), columns.float())
+        return torch.addmm(to, parts, columns, out_dtype=torch.float32, out=to)
 
 
 class SplitHead(SplitWeight):

@@ -68,7 +68,9 @@ class Products:
 
     def add(self, number: int, x: Tensor, to: Tensor) -> Tensor:
         """`to` (N, E) plus the product, in place."""
-        if not self.split and self.biases[number] is None:
+        if self.split:
+            return self.split[number].add(x, to)
+        if self.biases[number] is None:
             return to.addmm_(x, self.weights[number].t())
         return to.add_(self(number, x))
 
