@@ -6,17 +6,20 @@ Departures from Schulman et al. 2017 and Ziegler et al. 2019, all deliberate:
 - KL to the reference is a k1 penalty inside the reward, per token; none in the loss.
 - Losses are means over counted tokens of the minibatch; pads never enter a mean.
 - The epochs of a step end early once the policy has moved `epoch_kl_stop` nats a token from where it sampled.
+- The critic starts at the level of the first rollout's returns, whatever a reward's mean is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
+from ..models.heads import ScalarHead
 from ..ops.advantages import explained_variance, gae
 from ..ops.losses import ppo_policy_loss, value_loss
-from ..ops.masks import masked_whiten
+from ..ops.masks import masked_mean, masked_whiten
 from .finite import require_finite
 from .rollout import PromptBatch, Rollout, crop, shaped_rewards
 from .trainer import Loss, PolicyTrainer, Stopwatch, UpdateSettings, policy_stats
@@ -47,6 +50,8 @@ class PPOTrainer(PolicyTrainer[PPOSettings]):
         self.check_first(rollout)
         mask = rollout.completion_mask
         rewards = shaped_rewards(rollout, self.kl.coef, settings.eos_penalty)
+        if self.steps_done == 0 and (head := self.roles.head) is not None:
+            rollout = self._level(head, rollout, rewards)
         advantages, returns = gae(rewards, rollout.values, mask, settings.gamma, settings.lam)
         require_finite(self.steps_done + 1, rollout, {"reward": rewards, "advantage": advantages})
         whitened = masked_whiten(advantages, mask)
@@ -60,6 +65,19 @@ class PPOTrainer(PolicyTrainer[PPOSettings]):
         """The policy's LoRA, and the critic at a rate of its own."""
         critic = list(self.roles.critic_parameters().values())
         return [*super().learned(), (critic, self.settings.critic_lr)]
+
+    @torch.no_grad()
+    def _level(self, head: ScalarHead, rollout: Rollout, rewards: Tensor) -> Rollout:
+        """Moves the critic's bias, and its values here, by the mean of what they miss of the rewards to come.
+
+        A critic at 0 that `value_clip` holds would need step after step to reach a reward whose mean is 5, and until
+        then every last token would look better than the ones before it.
+        """
+        mask = rollout.completion_mask
+        _, returns = gae(rewards, rollout.values, mask, self.settings.gamma, lam=1.0)
+        missed = masked_mean(returns - rollout.values, mask)
+        head.linear.bias += missed
+        return replace(rollout, values=(rollout.values + missed) * mask)
 
     def _minibatch(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
         critic_only = self.steps_done < self.settings.critic_warmup
