@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,11 @@ from peftlab.data.collate import collate_language
 from peftlab.data.sources import load_records
 from peftlab.models.adapters import adapter_parameters, attach
 from peftlab.models.backbone import load_backbone
+from peftlab.models.quick_layers import quicken_layers
 from peftlab.recipes import classify, sft
 from peftlab.runs.checkpoint import CheckpointStore
 from peftlab.training.arguments import training_arguments
+from peftlab.training.state_loss import loss_from_states
 from peftlab.training.trainer import LabTrainer
 
 UNIT = 10_000
@@ -90,7 +93,8 @@ def ours(model: Any, config: Any, rows: Sequence[Any], collate: Callable[[Any], 
         )
         trainer.stopper.progress.show = lambda *_: None  # type: ignore[method-assign]
         trainer.add_callback(clock)
-        trainer.fit(None)
+        with nullcontext() if loss else loss_from_states(model):
+            trainer.fit(None)
     return clock
 
 
@@ -114,7 +118,7 @@ def base_of(what: str, device: str) -> Any:
     if device == "cuda":
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(pad_token_id=backbone.tokenizer.pad_token_id)).requires_grad_(False)
-        return type(backbone)("gpt2-124m-random", model.to("cuda"), backbone.tokenizer, "")
+        return type(backbone)("gpt2-124m-random", quicken_layers(model).to("cuda"), backbone.tokenizer, "")
     return backbone
 
 

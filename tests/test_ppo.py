@@ -54,16 +54,17 @@ def test_ppo_raises_a_toy_reward_and_touches_only_adapters(tiny_causal, critic):
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
 def test_a_constant_added_to_the_reward_changes_nothing(tiny_causal, critic):
-    def learner(constant: float) -> PPOTrainer:
+    def learner_of(constant: float) -> PPOTrainer:
         return trainer(
             tiny_causal, critic, reward=lambda p, c, r: (torch.tensor([float(len(set(t))) for t in c]) + constant, {})
         )
 
-    plain, raised = learner(0.0), learner(7.0)
+    plain, raised = learner_of(0.0), learner_of(7.0)
     for _ in range(3):
         (_, _, before), (_, _, after) = plain.step(PROMPTS), raised.step(PROMPTS)
         torch.testing.assert_close(after["advantage"], before["advantage"], atol=1e-3, rtol=1e-3)
-    for one, other in zip(plain.roles.policy_parameters().values(), raised.roles.policy_parameters().values(), strict=True):
+    learned = (learner.roles.policy_parameters().values() for learner in (plain, raised))
+    for one, other in zip(*learned, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-2)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .split import SplitHead, in_tf32
+from .split import AlignedHead, SplitHead, in_tf32
 
 # Logits that are there at once: on a CPU its cache is to hold them.
 BLOCK = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
@@ -36,31 +36,35 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def state_logprobs(
-    states: Tensor, head: Tensor, token_ids: Tensor, temperature: float = 1.0, split: SplitHead | None = None
+    states: Tensor,
+    head: Tensor,
+    token_ids: Tensor,
+    temperature: float = 1.0,
+    quick: SplitHead | AlignedHead | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and `entropy` of the logits states head^T, (N,) and (N,), float32; those are never all there.
 
-    states (N, D); head (V, D), which gets no gradient; token_ids (N,); `split`: the head in parts,
-    to make the logits by. The gradient in the states,
+    states (N, D); head (V, D), which gets no gradient; token_ids (N,); `quick`: the head in parts or
+    aligned, to make the logits by. The gradient in the states,
 
         d log p(y) / d h = (W_y - sum_v p_v W_v) / temperature,
 
     is made beside the value, from the same block of probabilities: nothing of size V is kept or computed again. The
     entropies have none.
     """
-    made: tuple[Tensor, Tensor] = _StateLogprobs.apply(states, head, token_ids, temperature, split)  # type: ignore[no-untyped-call]
+    made: tuple[Tensor, Tensor] = _StateLogprobs.apply(states, head, token_ids, temperature, quick)  # type: ignore[no-untyped-call]
     return made
 
 
 class _StateLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, head: Tensor, token_ids: Tensor, temperature: float, split: SplitHead | None
+        ctx: Any, states: Tensor, head: Tensor, token_ids: Tensor, temperature: float, quick: Any
     ) -> tuple[Tensor, Tensor]:
         learns = ctx.needs_input_grad[0]
         rows = max(1, BLOCK[states.device.type] // len(head))
         parts = [
-            _block(some, head, tokens, temperature, learns, split)
+            _block(some, head, tokens, temperature, learns, quick)
             for some, tokens in zip(states.split(rows), token_ids.split(rows), strict=True)
         ]
         logprobs, entropies, slopes = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -76,10 +80,10 @@ class _StateLogprobs(torch.autograd.Function):
 
 
 def _block(
-    states: Tensor, head: Tensor, token_ids: Tensor, temperature: float, learns: bool, split: SplitHead | None
+    states: Tensor, head: Tensor, token_ids: Tensor, temperature: float, learns: bool, quick: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies, and d log p / d state where `learns`, of a few rows."""
-    logits = (states @ head.t() if split is None else split(states)).float()
+    logits = (states @ head.t() if quick is None else quick(states)).float()
     if temperature != 1.0:
         logits /= temperature
     logits -= logits.amax(-1, keepdim=True)
@@ -90,7 +94,7 @@ def _block(
     entropies = log_total - torch.linalg.vecdot(masses, logits) / total
     if not learns:
         return chosen - log_total, entropies, states[:, :0]
-    with in_tf32(split is not None):
-        weight = head if split is None else split.weight
+    with in_tf32(isinstance(quick, SplitHead)):
+        weight = head if quick is None else quick.weight
         expected = (masses.to(head.dtype) @ weight) / total.unsqueeze(-1).to(head.dtype)
     return chosen - log_total, entropies, (head[token_ids] - expected) / temperature

@@ -104,17 +104,20 @@ class SplitWeight:
         return torch.addmm(to, parts, columns, out_dtype=torch.float32, out=to)
 
 
-class SplitHead(SplitWeight):
-    """The weight (V, D) by which logits are made, for V rounded up to W, a multiple of 8.
+def aligned(weight: Tensor) -> Tensor:
+    """A weight (V, D) with rows of zeros up to W, a multiple of 8: rows of another length take cuBLAS four times as
+    long."""
+    more = -len(weight) % 8
+    return torch.cat([weight.detach(), weight.new_zeros(more, weight.shape[1])]) if more else weight.detach()
 
-    Words beyond V have no chance. Rows of another length would take cuBLAS four times as long. `weight` (W, D) is that
-    of float32.
-    """
+
+class SplitHead(SplitWeight):
+    """The weight (V, D) by which logits are made, `aligned`: words beyond V have no chance. `weight` (W, D) is that of
+    float32."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight, self.bias = weight.detach(), None
-        if more := -len(weight) % 8:
-            self.weight = torch.cat([self.weight, weight.new_zeros(more, weight.shape[1])])
+        self.weight, self.bias = aligned(weight), None
+        if more := len(self.weight) - len(weight):
             self.bias = torch.cat([weight.new_zeros(len(weight)), weight.new_full((more,), NEVER)])
         super().__init__(self.weight, self.bias)
 
@@ -124,6 +127,19 @@ class SplitHead(SplitWeight):
         if self.bias is not None:
             self.weight[: len(weight)] = weight
         self.renew(self.weight, self.bias)
+
+
+class AlignedHead:
+    """The weight (V, D) by which logits are made, `aligned`, as a `weight` (W, D) of `dtype`."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.words, self.weight = len(weight), aligned(weight).to(dtype)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits (N, W), float32, of states (N, D); words beyond V have no chance."""
+        logits = (states.to(self.weight.dtype) @ self.weight.t()).float()
+        logits[:, self.words :] = NEVER
+        return logits
 
 
 class in_tf32:

@@ -19,6 +19,7 @@ from ..runs.rundir import RunDir
 from ..sampling.sampler import Sampler
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.sampler import row_length
+from ..training.state_loss import loss_from_states
 from ..training.trainer import LabTrainer
 from .common import (
     fitting_rows,
@@ -97,7 +98,8 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
             run.log,
             lambda: run.stop_requested,
         )
-        trainer.fit(checkpoint)
+        with loss_from_states(model):
+            trainer.fit(checkpoint)
         after, intervals, said_after = measure()
         run.log(after, trainer.state.global_step)
         if asked:

@@ -76,7 +76,7 @@ class PPOTrainer(PolicyTrainer[PPOSettings]):
         mask = rollout.completion_mask
         _, returns = gae(rewards, rollout.values, mask, self.settings.gamma, lam=1.0)
         missed = masked_mean(returns - rollout.values, mask)
-        head.linear.bias += missed
+        head.linear.bias.add_(missed)
         return replace(rollout, values=(rollout.values + missed) * mask)
 
     def _minibatch(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
