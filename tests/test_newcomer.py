@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -16,9 +17,10 @@ from typing import Literal
 
 import pytest
 import tiny
+import torch
 from commands import peftlab
 
-from peftlab.config import Config, to_toml
+from peftlab.config import Config, command_for, to_toml
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.recipes.launch import free_name, launch
 from peftlab.runs.atomic import read_rows
@@ -272,3 +274,46 @@ def test_a_resume_refuses_another_reward_function(shop, tmp_path, monkeypatch):
     file.write_text(FLAT.replace("0.1", "0.2"))
     with pytest.raises(UserError, match="reward my_changing:same is not what run 'run' began with"):
         launch("ppo", None, given, tmp_path, "run", resume=True)
+
+
+def test_training_shows_its_first_step_and_soon_the_time_left(tmp_path, monkeypatch):
+    """Step 1 is in the log too, though the others come there every so many steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peftlab.runs.progress.EVERY_S", 0)
+    words = " ".join(tiny.overrides(tiny.workshop(tmp_path), "sft", "max_steps=120"))
+    outcome = peftlab(f"sft {words}")
+    assert outcome.code == 0, outcome.err
+    begins, *steps = outcome.err.splitlines()
+    assert begins == "sft: loads model and data and measures what is there; then come the steps"
+    assert re.fullmatch(r"  step 1/120  loss \d+\.\d{4}", steps[0])
+    assert re.fullmatch(r"  step 2/120  loss \d+\.\d{4}  about 0:\d\d:\d\d left", steps[1]), "no loss of its own yet"
+    assert len(steps) == 120 and "left" not in steps[-1]
+    assert [row["step"] for row in read_rows(tmp_path / "runs" / "sft" / "metrics.jsonl")][:4] == [0, 1, 2, 4]
+    assert not any("loads model" in line for line in peftlab(f"sft {words} --quiet").err.splitlines())
+
+
+def test_what_takes_long_on_a_cpu_is_told_before_it_begins(monkeypatch):
+    told = []
+    monkeypatch.setattr("peftlab.recipes.launch.start", lambda *_: (_ for _ in ()).throw(UserError("begun")))
+    monkeypatch.setattr("peftlab.recipes.launch.say", told.append)
+
+    def of(line: str) -> str:
+        told.clear()
+        assert peftlab(line).err == "peftlab: begun\n" and len(told) < 4
+        return "".join(line for line in told if "hours" in line)
+
+    assert of("sft smollm2-imdb device=cpu").startswith("smollm2-imdb is made for a GPU, and may take hours on a CPU: ")
+    assert of("sft device=cpu").startswith("sft without a config trains on all of imdb:train, and may take hours on a ")
+    for line in ("sft device=cpu", "classify classify-judge device=cpu", "rloo rloo-explanations device=cpu"):
+        smaller, _, keys = of(line).partition(": ")[2].rpartition("; ")
+        names = smaller.partition(" is smaller" if " is " in smaller else " are smaller")[0].split(", ")
+        verb = line.split()[0]
+        for name in names:
+            assert command_for(name) == f"peftlab {verb} {name}" and not of(f"{verb} {name} device=cpu")
+        pairs = keys.removesuffix(" makes it shorter").split(" or ")
+        assert pairs and not any(of(f"{line} {pair}") for pair in pairs), "who takes the advice is not told again"
+    alone = of("pretrain pretrain-tiny-t5 device=cpu")
+    assert alone.endswith("on a CPU: max_steps=100 or train_limit=500 makes it shorter"), "of that verb none is smaller"
+    assert not of("sft device=cpu train_data=mine.jsonl") and not of("ppo device=cpu")
+    monkeypatch.setattr("peftlab.recipes.launch.pick_device", lambda _: torch.device("cuda"))
+    assert not of("sft smollm2-imdb")

@@ -39,6 +39,14 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
 
 
+def headlines() -> dict[str, str]:
+    """Name -> the first line of every shipped config: what it trains, and "made for a GPU" where it is."""
+    return {
+        name: path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        for name, path in shipped_configs().items()
+    }
+
+
 def command_for(run: str) -> str:
     """The command that makes the run of this name, where a shipped config is called alike; else nothing."""
     path = shipped_configs().get(run)
