@@ -22,6 +22,7 @@ from commands import peftlab
 
 from peftlab.config import Config, command_for, to_toml
 from peftlab.errors import Interrupted, LabError, UserError
+from peftlab.models.catalog import named, resolve
 from peftlab.recipes.launch import free_name, launch
 from peftlab.runs.atomic import read_rows
 from peftlab.runs.progress import Progress, say
@@ -276,6 +277,57 @@ def test_a_resume_refuses_another_reward_function(shop, tmp_path, monkeypatch):
         launch("ppo", None, given, tmp_path, "run", resume=True)
 
 
+VERBS = (
+    "generate {}", "predict {} --text film", "eval {} --data rows.jsonl", "export {} --as adapter --output out",
+    "doctor {}", "chat {}", "serve {} --port 0", "data preview rows.jsonl --for sft --model {}",
+    "data preferences --policy {} --prompts rows.jsonl --weight length=1 --output pairs",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_run_goes_by_its_name_in_every_verb(verb, tmp_path, monkeypatch):
+    """A name of the lab's comes first, then the run of that name, then a folder or the Hub."""
+    looked_up = []
+
+    def seen(name: str) -> None:
+        looked_up.append(name)
+        raise UserError("seen")
+
+    for module in ("adapter_files", "stacks", "mix", "export"):
+        monkeypatch.setattr(f"peftlab.models.{module}.resolve", seen)
+    for module in ("chat.voices", "recipes.predict", "recipes.preview"):
+        monkeypatch.setattr(f"peftlab.{module}.resolve", seen)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "A film.", "prompt": "A film"}\n')
+    for name in ("mine", "tiny-gpt2", "sft-tiny"):
+        folder = tmp_path / "runs" / name
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "config.toml").write_text('recipe = "sft"\n')
+    for given, taken in (("mine", "runs/mine"), ("sft-tiny", "runs/sft-tiny"), ("tiny-gpt2", "tiny-gpt2"),
+                         ("./runs/mine", "./runs/mine"), ("OWNER/NAME", "OWNER/NAME")):  # fmt: skip
+        looked_up.clear()
+        outcome = peftlab(verb.format(given))
+        assert (outcome.code, looked_up[:1]) == (2, [taken]), outcome.err
+
+
+def test_a_base_is_never_a_run_that_is_called_like_it(tmp_path, monkeypatch):
+    """Else a run called gpt2 would stand on itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peftlab.models.catalog._from_hub", lambda name: (_ for _ in ()).throw(UserError("the Hub's")))
+    (tmp_path / "runs" / "gpt2" / "adapter").mkdir(parents=True)
+    (tmp_path / "runs" / "gpt2" / "config.toml").touch()
+    assert named("gpt2") == "runs/gpt2"
+    with pytest.raises(UserError, match="the Hub's"):
+        resolve("gpt2")
+
+
+@pytest.mark.parametrize("name", ["sft-tiny", "runs/sft-tiny"])
+def test_a_run_that_is_still_to_be_made_names_its_command(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = peftlab(f"generate {name}")
+    assert outcome.code == 2 and "no " in outcome.err and "; run `peftlab sft sft-tiny` first; " in outcome.err
+
+
 def test_training_shows_its_first_step_and_soon_the_time_left(tmp_path, monkeypatch):
     """Step 1 is in the log too, though the others come there every so many steps."""
     monkeypatch.chdir(tmp_path)
@@ -284,12 +336,12 @@ def test_training_shows_its_first_step_and_soon_the_time_left(tmp_path, monkeypa
     outcome = peftlab(f"sft {words}")
     assert outcome.code == 0, outcome.err
     begins, *steps = outcome.err.splitlines()
-    assert begins == "sft: loads model and data and measures what is there; then come the steps"
+    assert begins == "sft: measures the model as it is; then come the steps"
     assert re.fullmatch(r"  step 1/120  loss \d+\.\d{4}", steps[0])
     assert re.fullmatch(r"  step 2/120  loss \d+\.\d{4}  about 0:\d\d:\d\d left", steps[1]), "no loss of its own yet"
     assert len(steps) == 120 and "left" not in steps[-1]
     assert [row["step"] for row in read_rows(tmp_path / "runs" / "sft" / "metrics.jsonl")][:4] == [0, 1, 2, 4]
-    assert not any("loads model" in line for line in peftlab(f"sft {words} --quiet").err.splitlines())
+    assert not peftlab(f"sft {words} --quiet").err
 
 
 def test_what_takes_long_on_a_cpu_is_told_before_it_begins(monkeypatch):

@@ -246,9 +246,10 @@ def doctor(
 ) -> None:
     """Check the environment, and the invariants of a model with adapters; exit 1 where one fails."""
     loading()
+    from ..models.catalog import named
     from ..recipes.doctor import run_doctor
 
-    environment, checks = run_doctor(str(RUNS / stack) if (RUNS / stack).is_dir() else stack, device)
+    environment, checks = run_doctor(named(stack), device)
     if as_json:
         records = [check.record() for check in checks]
         print_value({"schema_version": 1, "environment": environment, "checks": records}, True)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..runs.names import RUNS
 from ..runs.progress import folded, overflows
 from ..runs.sanitize import sanitize
 
-RUNS = Path("runs")
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the config")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]

@@ -13,7 +13,7 @@ from ..errors import Interrupted, LabError, UserError
 from ..models.backbone import pick_device
 from ..report import render
 from ..runs.launched import rank, world_size
-from ..runs.progress import Progress, say, watched
+from ..runs.progress import say, watched
 from ..runs.rundir import RunDir, ended_runs, vacant
 from ..training.arguments import TrainConfig
 from . import load
@@ -40,8 +40,6 @@ def launch(
             say(f"{verb} by its defaults, as run {name}: `peftlab {verb} --dry-run` shows them; Ctrl+C stops it")
         if not resume and (told := slow_here(verb, source, config, overrides)):
             say(told)
-        if not (resume or Progress.quiet):
-            say(f"{name}: loads model and data and measures what is there; then come the steps")
         try:
             return start(verb, config, root, name, resume)
         except Interrupted as error:
