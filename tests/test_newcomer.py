@@ -114,8 +114,36 @@ def test_the_newest_run_of_the_same_config_is_resumed_before_any_other(tmp_path)
     assert free_name(tmp_path, "job", True, Job()) == "b"
     assert free_name(tmp_path, "job", True, Job(size=1)) == "d"
     assert free_name(tmp_path, "job", True, Job(size=2)) == "e", "done, which is then said"
-    assert free_name(tmp_path, "job", True, Job(size=3)) == "d", "refused with the keys that differ"
-    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(UserError) as refused:
+        free_name(tmp_path, "job", True, Job(size=3))
+    assert "has this configuration; drop --resume to start one. Run d can go on with its own" in str(refused.value)
+    assert "differs in size (1 there, 3 now):\n  peftlab job --run d --resume" in str(refused.value)
+    for name in "abd":
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(UserError, match="can be resumed: none was stopped after its first figure or checkpoint; drop"):
+        free_name(tmp_path, "job", True, Job(size=3))
+    with RunDir.create(tmp_path, "f", "job", to_toml(Job(size=3))).session() as run:
+        with pytest.raises(UserError, match="can be resumed: f is still running; drop"):
+            free_name(tmp_path, "job", True, Job(size=3))
+        run.finish({}, {})
+
+
+def test_a_resume_that_finds_another_config_tells_the_command_that_goes_on(shop, tmp_path, monkeypatch):
+    """As it is told it goes on with that run, whose config the user need not type again."""
+    given = pairs(shop, "sft")
+    stop(monkeypatch, "sft", given, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        launch("sft", None, [*given, "lr=0.5"], Path("runs"), resume=True)
+    first, command = str(refused.value).splitlines()
+    assert first.endswith("Run sft can go on with its own, which differs in lr (0.01 there, 0.5 now):")
+    assert not (tmp_path / "runs" / "sft-2").exists()
+    outcome = peftlab(command.split(maxsplit=1)[1])
+    assert outcome.code == 0 and "sft: goes on after step 1" in outcome.err and "sft: done" in outcome.out
+
+
+def test_a_name_that_is_taken_is_not_given_again(tmp_path):
+    ended(tmp_path, "b", Job(), None)
     assert (free_name(tmp_path, "a", False, Job()), free_name(tmp_path, "b", False, Job())) == ("a", "b-2")
 
 

@@ -14,9 +14,9 @@ from ..models.backbone import pick_device
 from ..report import render
 from ..runs.launched import rank, world_size
 from ..runs.progress import say, watched
-from ..runs.rundir import RunDir, ended_runs, vacant
+from ..runs.rundir import RunDir, differences, ended_runs, list_runs, vacant
 from ..training.arguments import TrainConfig
-from . import load
+from . import RECIPES, load
 from .several import joined, of_first, opened, require_same_job, require_shares
 from .tasks.config import TaskConfig
 
@@ -124,17 +124,23 @@ def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
 def _to_resume(root: Path, config: Config) -> str:
     """The newest run of this very config, one that can go on before one that is done (a resume may be repeated).
 
-    Where there is none, the newest of the recipe that can go on.
+    UserError where there is none, with the newest of the recipe that can go on and how.
     """
     recipe, ours = type(config).model_fields["recipe"].default, to_toml(config)
-    best = (False, False, "")
-    for folder, status in ended_runs(root, recipe):
-        same, going = (folder / "config.toml").read_text(encoding="utf-8") == ours, status != "done"
-        if (same or going) and (same, going) >= best[:2]:
-            best = (same, going, folder.name)
-    if not best[2]:
+    found = ended_runs(root, recipe)
+    texts = {folder: (folder / "config.toml").read_text(encoding="utf-8") for folder, _ in found}
+    going = [folder for folder, status in found if status != "done"]
+    same = [folder for folder, text in texts.items() if text == ours]
+    if same:
+        return next((folder for folder in reversed(going) if folder in same), same[-1]).name
+    if going:
+        last = going[-1]
+        source = [str(last / "config.toml")] if recipe in RECIPES else []  # of a demo there is none to give
         raise UserError(
-            f"no run of {recipe} in {root} can be resumed: none has logged a figure or written a checkpoint; "
-            "drop --resume to start one"
+            f"no run of {recipe} in {root} has this configuration; drop --resume to start one. "
+            f"Run {last.name} can go on with its own, which differs in {', '.join(differences(texts[last], ours))}:\n"
+            f"  {shlex.join(['peftlab', recipe, *source, '--run', last.name, '--resume'])}"
         )
-    return best[2]
+    busy = [run["run"] for run in list_runs(root) if (run["recipe"], run["status"]) == (recipe, "running")]
+    why = f"{', '.join(busy)} is still running" if busy else "none was stopped after its first figure or checkpoint"
+    raise UserError(f"no run of {recipe} in {root} can be resumed: {why}; drop --resume to start one")
