@@ -356,6 +356,21 @@ def test_a_run_that_is_still_to_be_made_names_its_command(name, tmp_path, monkey
     assert outcome.code == 2 and "no " in outcome.err and "; run `peftlab sft sft-tiny` first; " in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("pull imbd", "pull imbd: no such data or model; did you mean imdb?"),
+        ("pull smollm-135m", "did you mean smollm2-135m?"),
+        ("pull nobody", "the Hub did not give it (HF_HUB_OFFLINE is set, and it was not downloaded before). Offline, use "),
+        ("pull a//b", "the Hub did not give it (that is no name there). Offline, use "),
+        ("data preview OWNER/NAME:train --for sft", "the Hub did not give it ("),
+    ],
+)
+def test_what_is_not_to_be_had_is_told_in_words(command, told):
+    outcome = peftlab(command)
+    assert outcome.code == 2 and told in outcome.err and "Error" not in outcome.err, outcome.err
+
+
 def test_training_shows_its_first_step_and_soon_the_time_left(tmp_path, monkeypatch):
     """Step 1 is in the log too, though the others come there every so many steps."""
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import command_for
+from ..data.hub import refusal
 from ..data.pull import WHEELS, cache_home, derived
 from ..errors import UserError, did_you_mean
 from ..runs.names import RUNS
@@ -190,7 +191,7 @@ def _from_hub(name: str) -> Entry:
     except Exception as error:  # unreachable, offline, unknown, gated: huggingface_hub has a class for each
         hint = _hint(name)
         raise UserError(
-            f"model {name}: not known here, and the Hub did not give it ({type(error).__name__})"
+            f"model {name}: not known here, and the Hub did not give it ({refusal(error)})"
             + (f"; {hint}" if hint else f". Offline, use {OFFLINE}")
         ) from None
     return _folder(name, path, "see its model card", "hub")

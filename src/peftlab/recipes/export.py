@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import LabError, UserError, brief
+from ..data.hub import refusal
+from ..errors import LabError, UserError
 from ..models.catalog import named, resolve
 from ..models.export import NoAdapter, check_equal, load_options, write_adapter, write_merged
 from ..models.stacks import Stack, kind_of
@@ -78,7 +79,7 @@ def push(root: Path, name: str, repo_id: str, public: bool) -> dict[str, Any]:
             api.create_repo(repo_id, private=not public, exist_ok=True)
             done = api.upload_folder(repo_id=repo_id, folder_path=told["folder"], commit_message=f"peftlab push {name}")
         except Exception as error:  # unreachable, refused, another's: huggingface_hub has a class for each
-            raise LabError(f"push: the Hub did not take it ({brief(error)}); {instead}") from None
+            raise LabError(f"push: the Hub did not take it ({refusal(error)}); {instead}") from None
     return {"repo": repo_id, "url": str(done), "holds": told["holds"], "bytes": told["bytes"]}
 
 
