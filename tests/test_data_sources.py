@@ -192,7 +192,7 @@ def test_a_config_stands_behind_an_at_sign(hub):
     columns = {"document": "article", "summary": "highlights"}
     found = load_records("abisee/cnn_dailymail@3.0.0:test", "summarize", columns=columns)
     assert found.records == [SummaryPair("0", "long", "short")]
-    with pytest.raises(UserError, match=r"cnn_dailymail:test: the Hub did not give it \(Unknown split 'test'. Should be one of"):
+    with pytest.raises(UserError, match=r"test: the Hub did not give it \(Unknown split 'test'. Should be one of"):
         load_records("abisee/cnn_dailymail:test", "summarize", columns=columns)
 
 

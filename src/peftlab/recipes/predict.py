@@ -95,9 +95,11 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"--input {path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"--input {path}: is a folder; give a JSONL file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise UserError(f"--input {path}: cannot be read as UTF-8 text: {error}") from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -117,7 +119,7 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
             raise UserError(f"{path}:{number}: `{field}` is empty; give a text, or take the row out")
         rows.append({"id": given.get("id", len(rows)), **found})
     if not rows:
-        raise UserError(f"{path}: holds no rows")
+        raise UserError(f"--input {path}: holds no rows; give one JSON object a line")
     return rows
 
 

@@ -110,7 +110,8 @@ def api_key(options: ServeOptions) -> str | None:
         try:
             key = options.key_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{place}: cannot be read: {error}") from None
+            why = getattr(error, "strerror", None) or "is no UTF-8 text"
+            raise UserError(f"{place}: cannot be read: {why.lower()}") from None
     else:
         return None
     if not (key and key.isascii() and key.isprintable() and " " not in key):

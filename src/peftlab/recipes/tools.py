@@ -49,7 +49,7 @@ def generate_texts(
 ) -> list[dict[str, Any]]:
     """`count` completions of one prompt, each from its own seed."""
     for option, value, fits, wanted in (
-        ("--count", count, count >= 1, "1 or more"),
+        ("--count (-n)", count, count >= 1, "1 or more"),
         ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("--temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
         ("--top-p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
