@@ -29,7 +29,7 @@ from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
 from peftlab.recipes import RECIPES, load
 from peftlab.recipes.declared import declared_keys
-from peftlab.runs.progress import folded, say
+from peftlab.runs.progress import folded, folded_text, say
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(cli.app)
@@ -439,3 +439,46 @@ def test_tables_and_messages_fit_a_narrow_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Screen())
     say("peftlab: model nobody: not known here, and the Hub did not give it; offline, use tiny-gpt2 or tiny-t5")
     assert max(map(len, sys.stderr.getvalue().splitlines())) <= 60
+
+
+def test_a_text_of_many_lines_keeps_its_lists_and_commands(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    words = "what a long sentence, and more of it"
+    text = f"{words}\n\n- {words}\n  - {words}\n`peftlab {words}`\n  peftlab {words}"
+    assert folded_text(text, io.StringIO()) == text
+    assert folded_text(text, Screen()).splitlines() == [
+        "what a long sentence, and more", "of it", "", "- what a long sentence, and", "  more of it",
+        "  - what a long sentence, and", "    more of it", f"`peftlab {words}`", f"  peftlab {words}",
+    ]  # fmt: skip
+
+
+LONG = "It was a film of many words. " * 9
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate x",
+        "predict x --text film",
+        "data preferences --policy x --prompts p --output o",
+        "data gist --output o",
+    ],
+)
+def test_a_long_text_is_broken_at_words_on_a_terminal_and_stays_raw_in_a_pipe(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("peftlab.recipes.tools.generate_texts", lambda *_: [{"prompt": "", "text": LONG}])
+    monkeypatch.setattr("peftlab.recipes.predict.kind_of", lambda _: "causal")
+    monkeypatch.setattr("peftlab.recipes.predict.resolve", lambda _: mock.Mock(kind="adapter"))
+    monkeypatch.setattr("peftlab.recipes.predict._continue", lambda *_: [{"id": 0, "text": LONG}])
+    for build in ("build_preferences.build_preferences", "makers.build_data"):
+        monkeypatch.setattr(f"peftlab.recipes.{build}", lambda *_: None)
+    for card in ("preferences_card.card", "makers.card"):
+        monkeypatch.setattr(f"peftlab.recipes.{card}", lambda _: f"- {LONG}")
+    shown = {}
+    for out in (Screen(), io.StringIO()):
+        argv = mock.patch.object(sys, "argv", ["peftlab", *command.split()])
+        with contextlib.redirect_stdout(out), argv, pytest.raises(SystemExit):
+            cli.main()
+        shown[type(out)] = out.getvalue()
+    assert max(map(len, shown[Screen].splitlines())) <= 60 and LONG in shown[io.StringIO]
+    assert shown[Screen].split() == shown[io.StringIO].split()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..runs.progress import folded_text
 from .shared import Device, Json, Overrides, examples, loading, print_rows, print_value
 
 app = typer.Typer()
@@ -123,7 +125,7 @@ def _build_verb(what: str, summary: str) -> None:
         options = BuildOptions(
             maker, model, classifier, rows, held_out, samples, batch_size, temperature, seed, device, dtype
         )
-        print(card(build_data(what, options, output)))
+        print(folded_text(card(build_data(what, options, output)), sys.stdout))
 
 
 for _verb, _summary in {
@@ -172,4 +174,4 @@ def data_preferences(
         named(policy), prompts, output, k, scorer, want, weights_of(weight or []), min_margin, pairs_per_prompt,
         held_out, limit, band(prompt_tokens), max_new_tokens, temperature, seed, batch_size, device, dtype,
     )
-    print(card(build_preferences(options)))
+    print(folded_text(card(build_preferences(options)), sys.stdout))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..runs.progress import folded_text
+from ..runs.sanitize import sanitize
 from .shared import RUNS, Device, Json, examples, interval, loading, print_rows, print_value
 
 app = typer.Typer()
@@ -33,10 +36,8 @@ def generate(
     if as_json:
         print_value(rows, True)
     else:
-        from ..runs.sanitize import sanitize
-
         for row in rows:
-            print(sanitize(row["prompt"] + row["text"]) + "\n")
+            print(folded_text(sanitize(row["prompt"] + row["text"]), sys.stdout) + "\n")
 
 
 @app.command(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -83,7 +84,7 @@ def say(message: str) -> None:
     """
     if rank():
         return
-    text = "\n".join(folded(line, sys.stderr) for line in sanitize(message).split("\n"))
+    text = folded_text(sanitize(message), sys.stderr)
     if Progress.open and Progress.drawn:
         _write(f"{_erased()}{text}\n{Progress.drawn}")
         return
@@ -96,10 +97,22 @@ def say(message: str) -> None:
 def folded(line: str, file: TextIO, below: int = 0) -> str:
     """A line as it goes to `file`: on a terminal too narrow for it broken at words, the rest below column `below`.
 
-    In a pipe it stays one line, as does one that begins with two spaces: a command, to be copied whole.
+    In a pipe it stays one line, as does one that begins with two spaces or a backtick: a command, to be copied whole.
     """
-    if not overflows(len(line), file) or line.startswith("  "):
-        return line
+    whole = not overflows(len(line), file) or line.startswith(("  ", "`"))
+    return line if whole else _broken(line, below)
+
+
+def folded_text(text: str, file: TextIO) -> str:
+    """Every line of a text `folded`; the rest of a list's point goes below its first word."""
+    lines = []
+    for line in text.split("\n"):
+        point = re.match(" *- ", line) if overflows(len(line), file) else None
+        lines.append(_broken(line, point.end()) if point else folded(line, file))
+    return "\n".join(lines)
+
+
+def _broken(line: str, below: int) -> str:
     width = shutil.get_terminal_size().columns
     indent = " " * (below if below <= width // 2 else 2)
     parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
