@@ -482,3 +482,23 @@ def test_a_long_text_is_broken_at_words_on_a_terminal_and_stays_raw_in_a_pipe(co
         shown[type(out)] = out.getvalue()
     assert max(map(len, shown[Screen].splitlines())) <= 60 and LONG in shown[io.StringIO]
     assert shown[Screen].split() == shown[io.StringIO].split()
+
+
+def test_details_of_doctor_stand_below_their_column(monkeypatch):
+    from peftlab.recipes import doctor
+
+    told = "log-probs of a padded row against it alone, and more of that, nats"
+    checks = [doctor.Check("padding/left_pad_error_of_a_row", 1e-6, "<=", 1e-4, True, told)] * 2
+    monkeypatch.setattr(doctor, "run_doctor", lambda *_: ({"model": "x"}, checks))
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Screen()
+    argv = mock.patch.object(sys, "argv", ["peftlab", "doctor"])
+    with contextlib.redirect_stdout(out), argv, pytest.raises(SystemExit):
+        cli.main()
+    head, table = out.getvalue().split("\n\n")
+    names, *lines = table.splitlines()
+    column = names.index("detail")
+    assert head.startswith("model") and column > 40, "in the right half"
+    assert len(lines) > 4 and {line[column - 1] for line in lines} == {" "} and " ".join(
+        line[column:] for line in lines
+    ) == f"{told} {told}"

@@ -255,6 +255,7 @@ def doctor(
         print_value({"schema_version": 1, "environment": environment, "checks": records}, True)
     else:
         print_value(environment, False)
+        print()
         # A limit with what the value is to be to it, as in "<= 1e-05"; a check that fails shouts.
         words = {True: "yes", False: "NO"}
         told = [c.record() | {"limit": f"{c.bound} {cell(c.limit)}", "ok": words[c.ok]} for c in checks]

@@ -67,7 +67,8 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, may_go: Sequence[str] 
     """A plain table whose columns are as wide as their widest cell; readable when piped.
 
     On a terminal too narrow for it a line is broken at words, and goes on below its last column if that begins in the
-    terminal's left half, else two columns in. For that to be so, columns of `may_go` are left out, in their order.
+    terminal's left half or has 24 columns, else two columns in. For it to have half the terminal, columns of `may_go`
+    are left out, in their order.
     """
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -23,6 +23,7 @@ from .panel import Pace, Panel
 from .sanitize import sanitize
 
 EVERY_S, LIVE_EVERY_S = 10.0, 0.2  # between two looks: of a log, and of a terminal, which a fast job shall not wait for
+LEAST_COLUMNS = 24  # that a table's last column may be broken into, where it begins in the terminal's right half
 PATIENCE_S = 2.0  # in which a launcher that saw one process end has ended the others
 
 
@@ -114,7 +115,7 @@ def folded_text(text: str, file: TextIO) -> str:
 
 def _broken(line: str, below: int) -> str:
     width = shutil.get_terminal_size().columns
-    indent = " " * (below if below <= width // 2 else 2)
+    indent = " " * (below if below <= max(width // 2, width - LEAST_COLUMNS) else 2)
     parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(parts)
 
