@@ -354,6 +354,10 @@ def test_a_run_that_is_still_to_be_made_names_its_command(name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     outcome = peftlab(f"generate {name}")
     assert outcome.code == 2 and "no " in outcome.err and "; run `peftlab sft sft-tiny` first; " in outcome.err
+    (tmp_path / "runs" / "sft-tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "sft-tiny" / "config.toml").touch()
+    outcome = peftlab("ppo model=sft-tiny --run other")  # a key takes the folder
+    assert outcome.code == 2 and " first; " not in outcome.err and "did you mean runs/sft-tiny?" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def resolve(name: str) -> Entry:
         return _folder(name, BUNDLED / name, "MIT", "bundled")
     if name and _is_folder(name):
         return _folder(name, Path(name), "unknown", "path")
-    command = command_for(name.removeprefix("runs/"))
+    run = name.removeprefix("runs/")
+    command = "" if _is_run(RUNS / run) else command_for(run)  # a run that is there is hinted at below
     if command or not name or "\0" in name or name.startswith((".", "/", "~", "runs/")):
         first = f"run `{command}` first; " if command else ""
         what = "no model, run or folder of that name" if command and "/" not in name else "no such folder"
