@@ -39,6 +39,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 setup: $(STAMP)  ## the environment in .venv, from requirements.lock
+	@echo "make setup: .venv is ready; next: source .venv/bin/activate && peftlab --help, or make demo: the lab in minutes"
 
 demo: $(STAMP)  ## the whole lab on a tiny model: classify, SFT, reward model, PPO, judge, report
 	@$(BIN)/peftlab demo

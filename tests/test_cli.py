@@ -29,7 +29,7 @@ from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
 from peftlab.recipes import RECIPES, load
 from peftlab.recipes.declared import declared_keys
-from peftlab.runs.progress import folded, say
+from peftlab.runs.progress import folded, folded_text, say
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(cli.app)
@@ -439,3 +439,66 @@ def test_tables_and_messages_fit_a_narrow_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Screen())
     say("peftlab: model nobody: not known here, and the Hub did not give it; offline, use tiny-gpt2 or tiny-t5")
     assert max(map(len, sys.stderr.getvalue().splitlines())) <= 60
+
+
+def test_a_text_of_many_lines_keeps_its_lists_and_commands(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    words = "what a long sentence, and more of it"
+    text = f"{words}\n\n- {words}\n  - {words}\n`peftlab {words}`\n  peftlab {words}"
+    assert folded_text(text, io.StringIO()) == text
+    assert folded_text(text, Screen()).splitlines() == [
+        "what a long sentence, and more", "of it", "", "- what a long sentence, and", "  more of it",
+        "  - what a long sentence, and", "    more of it", f"`peftlab {words}`", f"  peftlab {words}",
+    ]  # fmt: skip
+
+
+LONG = "It was a film of many words. " * 9
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate x",
+        "predict x --text film",
+        "data preferences --policy x --prompts p --output o",
+        "data gist --output o",
+    ],
+)
+def test_a_long_text_is_broken_at_words_on_a_terminal_and_stays_raw_in_a_pipe(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("peftlab.recipes.tools.generate_texts", lambda *_: [{"prompt": "", "text": LONG}])
+    monkeypatch.setattr("peftlab.recipes.predict.kind_of", lambda _: "causal")
+    monkeypatch.setattr("peftlab.recipes.predict.resolve", lambda _: mock.Mock(kind="adapter"))
+    monkeypatch.setattr("peftlab.recipes.predict._continue", lambda *_: [{"id": 0, "text": LONG}])
+    for build in ("build_preferences.build_preferences", "makers.build_data"):
+        monkeypatch.setattr(f"peftlab.recipes.{build}", lambda *_: None)
+    for card in ("preferences_card.card", "makers.card"):
+        monkeypatch.setattr(f"peftlab.recipes.{card}", lambda _: f"- {LONG}")
+    shown = {}
+    for out in (Screen(), io.StringIO()):
+        argv = mock.patch.object(sys, "argv", ["peftlab", *command.split()])
+        with contextlib.redirect_stdout(out), argv, pytest.raises(SystemExit):
+            cli.main()
+        shown[type(out)] = out.getvalue()
+    assert max(map(len, shown[Screen].splitlines())) <= 60 and LONG in shown[io.StringIO]
+    assert shown[Screen].split() == shown[io.StringIO].split()
+
+
+def test_details_of_doctor_stand_below_their_column(monkeypatch):
+    from peftlab.recipes import doctor
+
+    told = "log-probs of a padded row against it alone, and more of that, nats"
+    checks = [doctor.Check("padding/left_pad_error_of_a_row", 1e-6, "<=", 1e-4, True, told)] * 2
+    monkeypatch.setattr(doctor, "run_doctor", lambda *_: ({"model": "x"}, checks))
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Screen()
+    argv = mock.patch.object(sys, "argv", ["peftlab", "doctor"])
+    with contextlib.redirect_stdout(out), argv, pytest.raises(SystemExit):
+        cli.main()
+    head, table = out.getvalue().split("\n\n")
+    names, *lines = table.splitlines()
+    column = names.index("detail")
+    assert head.startswith("model") and column > 40, "in the right half"
+    assert len(lines) > 4 and {line[column - 1] for line in lines} == {" "} and " ".join(
+        line[column:] for line in lines
+    ) == f"{told} {told}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import commands
 import pytest
 
 from peftlab.data import sources
+from peftlab.data.hub import refusal
 from peftlab.data.records import LabelledText, Prompt, SummaryPair, Text
 from peftlab.data.sources import load_records
 from peftlab.errors import UserError
@@ -129,6 +131,31 @@ def test_an_unreachable_hub_names_what_loads_offline():
         load_records("some/reviews:test", "classify")
 
 
+def test_what_the_hub_means_is_said_in_words():
+    """No class of a library's, whatever is under the error that it raised; its own words, where we know no better."""
+    import datasets.exceptions
+    from huggingface_hub import errors
+
+    httpx = sys.modules[errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]  # or its successor
+    response = httpx.Response(404, request=httpx.Request("GET", "https://example.org"))
+    lost = errors.LocalEntryNotFoundError("Got: ConnectError: [Errno -2] ...")
+    lost.__cause__ = errors.OfflineModeIsEnabled("offline")
+    for error, words in (
+        (lost, "HF_HUB_OFFLINE is set"),
+        (errors.LocalEntryNotFoundError("Got: ConnectError"), "it cannot be reached"),
+        (httpx.ConnectError("[Errno -2] Name or service not known"), "it cannot be reached"),
+        (httpx.ReadTimeout("timed out"), "it did not answer in time"),
+        (ConnectionError("nowhere"), "it cannot be reached"),
+        (errors.RepositoryNotFoundError("404", response=response), "it has none of that name, or a private one"),
+        (errors.GatedRepoError("403", response=response), "its terms are to be accepted"),
+        (datasets.exceptions.DatasetNotFoundError("none"), "it has none of that name"),
+        (errors.HFValidationError("Repo id must ..."), "that is no name there"),
+        (ValueError("Unknown split\n 'dev'; there are train, test"), "Unknown split 'dev'; there are train, test"),
+        (RuntimeError(), "without a word"),
+    ):
+        assert refusal(error).startswith(words) and "Error" not in refusal(error)
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """What `datasets` would give: a dict from (repository, config, split) to rows, to be filled by the test."""
@@ -165,7 +192,7 @@ def test_a_config_stands_behind_an_at_sign(hub):
     columns = {"document": "article", "summary": "highlights"}
     found = load_records("abisee/cnn_dailymail@3.0.0:test", "summarize", columns=columns)
     assert found.records == [SummaryPair("0", "long", "short")]
-    with pytest.raises(UserError, match=r"cnn_dailymail:test: .*ValueError: Unknown split 'test'. Should be one of"):
+    with pytest.raises(UserError, match=r"test: the Hub did not give it \(Unknown split 'test'. Should be one of"):
         load_records("abisee/cnn_dailymail:test", "summarize", columns=columns)
 
 

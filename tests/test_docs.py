@@ -7,6 +7,7 @@ import ast
 import re
 import runpy
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,3 +223,12 @@ def test_make_targets_that_are_named_exist():
 def test_every_key_of_ppo_is_explained():
     missing = [key for key in keys(load("ppo").CONFIG) if key != "recipe" and f"`{key}`" not in PAGES["docs/ppo.md"]]
     assert not missing
+
+
+def test_setup_ends_with_what_to_do_next():
+    """`-o` takes the stamp as it is, so that nothing is installed here."""
+    made = subprocess.run(
+        ["make", "-C", str(ROOT), "-o", ".venv/.stamp", "--no-print-directory", "setup"], capture_output=True, text=True
+    )
+    (line,) = made.stdout.splitlines()
+    assert made.returncode == 0 and "source .venv/bin/activate && peftlab" in line and "make demo" in line

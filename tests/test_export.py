@@ -367,7 +367,7 @@ def test_push_uploads_the_hub_folder(run, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert recipe.push(run.parent, "ppo", "me/ppo", False)["url"] == "its address"
     assert seen[0] == ("me/ppo", True) and {"README.md", "adapter_model.safetensors"} <= seen[1]
-    with pytest.raises(LabError, match="OSError: no route"):
+    with pytest.raises(LabError, match=r"did not take it \(no route\); `peftlab export"):
         recipe.push(run.parent, "ppo", "me/ppo", True)
     assert seen[2] == ("me/ppo", False)
 

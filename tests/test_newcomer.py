@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -16,10 +17,12 @@ from typing import Literal
 
 import pytest
 import tiny
+import torch
 from commands import peftlab
 
-from peftlab.config import Config, to_toml
+from peftlab.config import Config, command_for, to_toml
 from peftlab.errors import Interrupted, LabError, UserError
+from peftlab.models.catalog import named, resolve
 from peftlab.recipes.launch import free_name, launch
 from peftlab.runs.atomic import read_rows
 from peftlab.runs.progress import Progress, say
@@ -111,8 +114,36 @@ def test_the_newest_run_of_the_same_config_is_resumed_before_any_other(tmp_path)
     assert free_name(tmp_path, "job", True, Job()) == "b"
     assert free_name(tmp_path, "job", True, Job(size=1)) == "d"
     assert free_name(tmp_path, "job", True, Job(size=2)) == "e", "done, which is then said"
-    assert free_name(tmp_path, "job", True, Job(size=3)) == "d", "refused with the keys that differ"
-    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(UserError) as refused:
+        free_name(tmp_path, "job", True, Job(size=3))
+    assert "has this configuration; drop --resume to start one. Run d can go on with its own" in str(refused.value)
+    assert "differs in size (1 there, 3 now):\n  peftlab job --run d --resume" in str(refused.value)
+    for name in "abd":
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(UserError, match="can be resumed: none was stopped after its first figure or checkpoint; drop"):
+        free_name(tmp_path, "job", True, Job(size=3))
+    with RunDir.create(tmp_path, "f", "job", to_toml(Job(size=3))).session() as run:
+        with pytest.raises(UserError, match="can be resumed: f is still running; drop"):
+            free_name(tmp_path, "job", True, Job(size=3))
+        run.finish({}, {})
+
+
+def test_a_resume_that_finds_another_config_tells_the_command_that_goes_on(shop, tmp_path, monkeypatch):
+    """As it is told it goes on with that run, whose config the user need not type again."""
+    given = pairs(shop, "sft")
+    stop(monkeypatch, "sft", given, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        launch("sft", None, [*given, "lr=0.5"], Path("runs"), resume=True)
+    first, command = str(refused.value).splitlines()
+    assert first.endswith("Run sft can go on with its own, which differs in lr (0.01 there, 0.5 now):")
+    assert not (tmp_path / "runs" / "sft-2").exists()
+    outcome = peftlab(command.split(maxsplit=1)[1])
+    assert outcome.code == 0 and "sft: goes on after step 1" in outcome.err and "sft: done" in outcome.out
+
+
+def test_a_name_that_is_taken_is_not_given_again(tmp_path):
+    ended(tmp_path, "b", Job(), None)
     assert (free_name(tmp_path, "a", False, Job()), free_name(tmp_path, "b", False, Job())) == ("a", "b-2")
 
 
@@ -272,3 +303,116 @@ def test_a_resume_refuses_another_reward_function(shop, tmp_path, monkeypatch):
     file.write_text(FLAT.replace("0.1", "0.2"))
     with pytest.raises(UserError, match="reward my_changing:same is not what run 'run' began with"):
         launch("ppo", None, given, tmp_path, "run", resume=True)
+
+
+VERBS = (
+    "generate {}", "predict {} --text film", "eval {} --data rows.jsonl", "export {} --as adapter --output out",
+    "doctor {}", "chat {}", "serve {} --port 0", "data preview rows.jsonl --for sft --model {}",
+    "data preferences --policy {} --prompts rows.jsonl --weight length=1 --output pairs",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_run_goes_by_its_name_in_every_verb(verb, tmp_path, monkeypatch):
+    """A name of the lab's comes first, then the run of that name, then a folder or the Hub."""
+    looked_up = []
+
+    def seen(name: str) -> None:
+        looked_up.append(name)
+        raise UserError("seen")
+
+    for module in ("adapter_files", "stacks", "mix", "export"):
+        monkeypatch.setattr(f"peftlab.models.{module}.resolve", seen)
+    for module in ("chat.voices", "recipes.predict", "recipes.preview"):
+        monkeypatch.setattr(f"peftlab.{module}.resolve", seen)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "A film.", "prompt": "A film"}\n')
+    for name in ("mine", "tiny-gpt2", "sft-tiny"):
+        folder = tmp_path / "runs" / name
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "config.toml").write_text('recipe = "sft"\n')
+    for given, taken in (("mine", "runs/mine"), ("sft-tiny", "runs/sft-tiny"), ("tiny-gpt2", "tiny-gpt2"),
+                         ("./runs/mine", "./runs/mine"), ("OWNER/NAME", "OWNER/NAME")):  # fmt: skip
+        looked_up.clear()
+        outcome = peftlab(verb.format(given))
+        assert (outcome.code, looked_up[:1]) == (2, [taken]), outcome.err
+
+
+def test_a_base_is_never_a_run_that_is_called_like_it(tmp_path, monkeypatch):
+    """Else a run called gpt2 would stand on itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peftlab.models.catalog._from_hub", lambda name: (_ for _ in ()).throw(UserError("the Hub's")))
+    (tmp_path / "runs" / "gpt2" / "adapter").mkdir(parents=True)
+    (tmp_path / "runs" / "gpt2" / "config.toml").touch()
+    assert named("gpt2") == "runs/gpt2"
+    with pytest.raises(UserError, match="the Hub's"):
+        resolve("gpt2")
+
+
+@pytest.mark.parametrize("name", ["sft-tiny", "runs/sft-tiny"])
+def test_a_run_that_is_still_to_be_made_names_its_command(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = peftlab(f"generate {name}")
+    assert outcome.code == 2 and "no " in outcome.err and "; run `peftlab sft sft-tiny` first; " in outcome.err
+    (tmp_path / "runs" / "sft-tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "sft-tiny" / "config.toml").touch()
+    outcome = peftlab("ppo model=sft-tiny --run other")  # a key takes the folder
+    assert outcome.code == 2 and " first; " not in outcome.err and "did you mean runs/sft-tiny?" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("pull imbd", "pull imbd: no such data or model; did you mean imdb?"),
+        ("pull smollm-135m", "did you mean smollm2-135m?"),
+        ("pull nobody", "the Hub did not give it (HF_HUB_OFFLINE is set, and it was not downloaded before). Off"),
+        ("pull a//b", "the Hub did not give it (that is no name there). Offline, use "),
+        ("data preview OWNER/NAME:train --for sft", "the Hub did not give it ("),
+    ],
+)
+def test_what_is_not_to_be_had_is_told_in_words(command, told):
+    outcome = peftlab(command)
+    assert outcome.code == 2 and told in outcome.err and "Error" not in outcome.err, outcome.err
+
+
+def test_training_shows_its_first_step_and_soon_the_time_left(tmp_path, monkeypatch):
+    """Step 1 is in the log too, though the others come there every so many steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peftlab.runs.progress.EVERY_S", 0)
+    words = " ".join(tiny.overrides(tiny.workshop(tmp_path), "sft", "max_steps=120"))
+    outcome = peftlab(f"sft {words}")
+    assert outcome.code == 0, outcome.err
+    begins, *steps = outcome.err.splitlines()
+    assert begins == "sft: measures the model as it is; then come the steps"
+    assert re.fullmatch(r"  step 1/120  loss \d+\.\d{4}", steps[0])
+    assert re.fullmatch(r"  step 3/120  loss \d+\.\d{4} at step 2  about 0:\d\d:\d\d left", steps[2]), "none of its own"
+    assert len(steps) == 120 and "left" not in steps[-1]
+    assert [row["step"] for row in read_rows(tmp_path / "runs" / "sft" / "metrics.jsonl")][:4] == [0, 1, 2, 4]
+    assert not peftlab(f"sft {words} --quiet").err
+
+
+def test_what_takes_long_on_a_cpu_is_told_before_it_begins(monkeypatch):
+    told = []
+    monkeypatch.setattr("peftlab.recipes.launch.start", lambda *_: (_ for _ in ()).throw(UserError("begun")))
+    monkeypatch.setattr("peftlab.recipes.launch.say", told.append)
+
+    def of(line: str) -> str:
+        told.clear()
+        assert peftlab(line).err == "peftlab: begun\n" and len(told) < 4
+        return "".join(line for line in told if "hours" in line)
+
+    assert of("sft smollm2-imdb device=cpu").startswith("smollm2-imdb is made for a GPU, and may take hours on a CPU: ")
+    assert of("sft device=cpu").startswith("sft without a config trains on all of imdb:train, and may take hours on a ")
+    for line in ("sft device=cpu", "classify classify-judge device=cpu", "rloo rloo-explanations device=cpu"):
+        smaller, _, keys = of(line).partition(": ")[2].rpartition("; ")
+        names = smaller.partition(" is smaller" if " is " in smaller else " are smaller")[0].split(", ")
+        verb = line.split()[0]
+        for name in names:
+            assert command_for(name) == f"peftlab {verb} {name}" and not of(f"{verb} {name} device=cpu")
+        pairs = keys.removesuffix(" makes it shorter").split(" or ")
+        assert pairs and not any(of(f"{line} {pair}") for pair in pairs), "who takes the advice is not told again"
+    alone = of("pretrain pretrain-tiny-t5 device=cpu")
+    assert alone.endswith("on a CPU: max_steps=100 or train_limit=500 makes it shorter"), "of that verb none is smaller"
+    assert not of("sft device=cpu train_data=mine.jsonl") and not of("ppo device=cpu")
+    monkeypatch.setattr("peftlab.recipes.launch.pick_device", lambda _: torch.device("cuda"))
+    assert not of("sft smollm2-imdb")

@@ -14,9 +14,10 @@ import pytest
 from commands import peftlab
 
 from peftlab.cli import runs as verbs
+from peftlab.runs import progress as progress_lines
 from peftlab.runs.atomic import append_rows
 from peftlab.runs.lock import locked
-from peftlab.runs.panel import Panel
+from peftlab.runs.panel import Pace, Panel
 from peftlab.runs.progress import Progress, say, watched
 from peftlab.runs.rundir import RunDir
 
@@ -163,6 +164,7 @@ def terminal(monkeypatch) -> Callable[..., Screen]:
         monkeypatch.setattr(sys, "stderr", found)
         for key, value in ({"COLUMNS": "80", "LINES": "30", "TERM": "xterm", "NO_COLOR": "1"} | names).items():
             monkeypatch.setenv(key, value)
+        monkeypatch.setattr(progress_lines, "LIVE_EVERY_S", 0)
         return found
 
     return made
@@ -252,8 +254,30 @@ def test_quiet_shows_nothing_and_a_pipe_gets_lines(tmp_path, monkeypatch):
     assert sys.stderr.getvalue() == "  step 2/2  loss 2\nwhat went wrong\n"
 
 
+def test_a_job_tells_of_its_first_step_and_from_the_second_on_of_the_time_left(monkeypatch):
+    pipe, clock = io.StringIO(), [100.0]
+    monkeypatch.setattr(sys, "stderr", pipe)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    progress = Progress(90)
+    clock[0] += 600  # what comes before the first step, and within it, is no measure of the others
+    for step, took in ((1, 0), (2, 4), (3, 4), (4, 4), (90, 344)):
+        clock[0] += took
+        progress.show(step, "loss 1")
+    assert pipe.getvalue().splitlines() == [
+        "  step 1/90  loss 1", "  step 4/90  loss 1  about 0:05:44 left", "  step 90/90  loss 1"
+    ]  # fmt: skip
+
+
+def test_a_line_of_progress_is_no_longer_than_the_terminal(terminal):
+    screen = terminal(COLUMNS="40")
+    progress = Progress(9)
+    progress.show(1, "figures " * 9)
+    progress.show(9, "loss 1")
+    assert [len(line.rstrip("\n")) for line in screen.getvalue().split("\r")[1:]] == [39, 39]
+
+
 def test_a_panel_reads_only_whole_rows_and_survives_their_absence(tmp_path, terminal):
-    screen, panel = terminal(), Panel("x", tmp_path, 10)
+    screen, panel = terminal(), Panel("x", tmp_path, Pace(10))
     assert "step 1 of 10" in (panel.render(1, screen) or "")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 4.5}\n{"step": 2, "train/lo')
     (tmp_path / "rollouts.jsonl").write_text('{"step": 1, "prompt"')

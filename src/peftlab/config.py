@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import UserError, did_you_mean
 
 SHIPPED = Path(__file__).parent / "configs"
+DATA = (".jsonl", ".csv", ".parquet")  # what no config ends in, but a newcomer may give in its place
 
 
 class Config(BaseModel):
@@ -37,6 +38,14 @@ C = TypeVar("C", bound=Config)
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of every config that comes with the package."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+
+
+def headlines() -> dict[str, str]:
+    """Name -> the first line of every shipped config: what it trains, and "made for a GPU" where it is."""
+    return {
+        name: path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        for name, path in shipped_configs().items()
+    }
 
 
 def command_for(run: str) -> str:
@@ -121,6 +130,8 @@ def _strangers(table: Mapping[str, Any], known: Sequence[str], prefix: str = "")
 
 def _find(source: str) -> Path:
     path = Path(source)
+    if path.suffix.lower() in DATA:
+        raise UserError(f"config {source}: is data, not a config; a job takes it by a key, as in train_data={source}")
     if path.is_file():
         return path
     shipped = shipped_configs()
@@ -188,7 +199,16 @@ def _explain(cls: type[Config], error: Mapping[str, Any]) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}, not {error['input']!r}" if key else message
 
 
+# What a key is called in another recipe, or in another library, where its spelling is no help.
+ELSEWHERE = {
+    "max_steps": "steps", "steps": "max_steps", "batch_size": "prompts_per_step", "prompts_per_step": "batch_size",
+    "learning_rate": "lr",
+}  # fmt: skip
+
+
 def _unknown(key: str, known: Sequence[str]) -> str:
+    if ELSEWHERE.get(key) in known:
+        return f"unknown key {key}; did you mean {ELSEWHERE[key]}?"
     return f"unknown key {key}; " + (did_you_mean(key, known, 0.5) or f"known keys: {', '.join(known)}")
 
 

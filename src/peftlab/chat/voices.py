@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.records import Message
 from ..errors import UserError
-from ..models.catalog import resolve
+from ..models.catalog import named, resolve
 from ..models.mix import Mixer, check_member
 from ..models.personas import TEXT, Persona, load_persona, mix_weights, persona_files
 from ..models.stacks import read_stack
@@ -132,7 +132,7 @@ class Cast:
         if name == OFF:
             return self.off(near)
         in_use = near.mixer is not None and name in near.mixer.loaded
-        return self.persona(name) if not in_use and name in persona_files() else self.stack(name)
+        return self.persona(name) if not in_use and name in persona_files() else self.stack(named(name))
 
     def off(self, near: Voice) -> Voice:
         """The bare base of `near`."""

@@ -21,12 +21,12 @@ app.add_typer(personas_app, name="personas")
 
 @app.command(
     epilog=examples(
-        "peftlab chat runs/sft-tiny", "peftlab chat --persona critic", "peftlab chat tiny-gpt2 --reward rubric:length"
+        "peftlab chat sft-tiny", "peftlab chat --persona critic", "peftlab chat tiny-gpt2 --reward rubric:length"
     )
 )
 def chat(
     stack: Annotated[
-        str | None, typer.Argument(help="a model or adapter: a name or a folder [default: smollm2-135m]")
+        str | None, typer.Argument(help="a run, model or adapter: a name or a folder [default: smollm2-135m]")
     ] = None,
     persona: Annotated[
         str | None, typer.Option(help="who answers: a name of `peftlab personas list`, a .toml file, or auto")
@@ -39,9 +39,10 @@ def chat(
 ) -> None:
     """Talk with a model, an adapter or a persona; /help lists what you can do there."""
     loading()
+    from ..models.catalog import named
     from ..recipes.chat import open_chat
 
-    open_chat(stack, persona, system, seed, device, reward, router).run()
+    open_chat(stack and named(stack), persona, system, seed, device, reward, router).run()
 
 
 @personas_app.command("list", epilog=examples("peftlab personas list"))
@@ -87,9 +88,12 @@ def personas_new(
     home: Annotated[bool, typer.Option("--home", help="into the home folder, for use in any folder")] = False,
 ) -> None:
     """Write a persona of your own, to be edited; an existing file is left alone."""
+    from ..models.catalog import named
     from ..models.personas import new_persona
 
-    print(new_persona(name, base, adapter or [], system, description, home))
+    parts = [text.partition("=") for text in adapter or []]
+    adapters = [named(stack) + equals + weight for stack, equals, weight in parts]
+    print(new_persona(name, base, adapters, system, description, home))
 
 
 @personas_app.command("check", epilog=examples("peftlab personas check", "peftlab personas check mine.toml"))

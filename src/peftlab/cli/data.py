@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..runs.progress import folded_text
 from .shared import Device, Json, Overrides, examples, loading, print_rows, print_value
 
 app = typer.Typer()
@@ -82,9 +84,10 @@ def data_preview(
 ) -> None:
     """Show what a model will see: tokens, those that count for the loss, what is cut, and lengths."""
     loading()
+    from ..models.catalog import named
     from ..recipes.preview import preview
 
-    found = preview(spec, kind, model, rows, overrides or [])
+    found = preview(spec, kind, model and named(model), rows, overrides or [])
     if as_json:
         print_value(found, True)
         return
@@ -122,7 +125,7 @@ def _build_verb(what: str, summary: str) -> None:
         options = BuildOptions(
             maker, model, classifier, rows, held_out, samples, batch_size, temperature, seed, device, dtype
         )
-        print(card(build_data(what, options, output)))
+        print(folded_text(card(build_data(what, options, output)), sys.stdout))
 
 
 for _verb, _summary in {
@@ -140,7 +143,7 @@ for _verb, _summary in {
     ),
 )
 def data_preferences(
-    policy: Annotated[str, typer.Option(help="a causal model or adapter that answers: a name or a folder")],
+    policy: Annotated[str, typer.Option(help="a run, causal model or adapter that answers: a name or a folder")],
     prompts: Annotated[str, typer.Option(help="data as in a config: imdb:train, imdb-explanations:train, a file")],
     output: Annotated[Path, typer.Option(help="folder to write into, or the .jsonl file of the training pairs")],
     k: Annotated[int, typer.Option(help="answers to sample of each prompt")] = 4,
@@ -163,11 +166,12 @@ def data_preferences(
 ) -> None:
     """Build pairs of a policy's own answers, the better one by a score, for `dpo` and reward models."""
     loading()
+    from ..models.catalog import named
     from ..recipes.build_preferences import PreferenceOptions, band, build_preferences, weights_of
     from ..recipes.preferences_card import card
 
     options = PreferenceOptions(
-        policy, prompts, output, k, scorer, want, weights_of(weight or []), min_margin, pairs_per_prompt, held_out,
-        limit, band(prompt_tokens), max_new_tokens, temperature, seed, batch_size, device, dtype,
+        named(policy), prompts, output, k, scorer, want, weights_of(weight or []), min_margin, pairs_per_prompt,
+        held_out, limit, band(prompt_tokens), max_new_tokens, temperature, seed, batch_size, device, dtype,
     )
-    print(card(build_preferences(options)))
+    print(folded_text(card(build_preferences(options)), sys.stdout))

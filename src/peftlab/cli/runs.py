@@ -246,14 +246,16 @@ def doctor(
 ) -> None:
     """Check the environment, and the invariants of a model with adapters; exit 1 where one fails."""
     loading()
+    from ..models.catalog import named
     from ..recipes.doctor import run_doctor
 
-    environment, checks = run_doctor(str(RUNS / stack) if (RUNS / stack).is_dir() else stack, device)
+    environment, checks = run_doctor(named(stack), device)
     if as_json:
         records = [check.record() for check in checks]
         print_value({"schema_version": 1, "environment": environment, "checks": records}, True)
     else:
         print_value(environment, False)
+        print()
         # A limit with what the value is to be to it, as in "<= 1e-05"; a check that fails shouts.
         words = {True: "yes", False: "NO"}
         told = [c.record() | {"limit": f"{c.bound} {cell(c.limit)}", "ok": words[c.ok]} for c in checks]

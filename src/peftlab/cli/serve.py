@@ -14,14 +14,14 @@ app = typer.Typer()
 
 @app.command(
     epilog=examples(
-        "peftlab serve tiny-gpt2 runs/ppo-tiny imdb-sentiment",
-        "peftlab serve runs/ppo-tiny --host 0.0.0.0 --api-key-file key.txt",
+        "peftlab serve tiny-gpt2 ppo-tiny imdb-sentiment",
+        "peftlab serve ppo-tiny --host 0.0.0.0 --api-key-file key.txt",
     )
 )
 def serve(
     stacks: Annotated[
         list[str] | None,
-        typer.Argument(help="models, adapters, personas and rewards; default: smollm2-135m"),
+        typer.Argument(help="runs, models, adapters, personas and rewards; default: smollm2-135m"),
     ] = None,
     host: Annotated[
         str, typer.Option(help="the address to listen on; another than this machine's needs a key")

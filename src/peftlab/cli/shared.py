@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..runs.names import RUNS
 from ..runs.progress import folded, overflows
 from ..runs.sanitize import sanitize
 
-RUNS = Path("runs")
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the config")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
@@ -68,7 +67,8 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, may_go: Sequence[str] 
     """A plain table whose columns are as wide as their widest cell; readable when piped.
 
     On a terminal too narrow for it a line is broken at words, and goes on below its last column if that begins in the
-    terminal's left half, else two columns in. For that to be so, columns of `may_go` are left out, in their order.
+    terminal's left half or has 24 columns, else two columns in. For it to have half the terminal, columns of `may_go`
+    are left out, in their order.
     """
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -132,12 +132,11 @@ def demo(
 @app.command(epilog=examples("peftlab configs", "peftlab configs ppo-tiny"))
 def configs(name: Annotated[str | None, typer.Argument(help="show this config's text")] = None) -> None:
     """List the shipped configs, or show one."""
-    from ..config import shipped_configs
+    from ..config import headlines, shipped_configs
 
     shipped = shipped_configs()
     if name is None:
-        for known, path in shipped.items():
-            told = path.read_text().splitlines()[0].removeprefix("# ")
+        for known, told in headlines().items():
             print(folded(f"{known:24} {told}", sys.stdout, 25))
     elif name in shipped:
         print(shipped[name].read_text(), end="")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..runs.progress import folded_text
+from ..runs.sanitize import sanitize
 from .shared import RUNS, Device, Json, examples, interval, loading, print_rows, print_value
 
 app = typer.Typer()
 
 
-@app.command(epilog=examples('peftlab generate runs/ppo-tiny --prompt "This film" -n 3'))
+@app.command(epilog=examples('peftlab generate ppo-tiny --prompt "This film" -n 3'))
 def generate(
-    stack: Annotated[str, typer.Argument(help="a model or adapter: a name or a folder")],
+    stack: Annotated[str, typer.Argument(help="a run, model or adapter: a name or a folder")],
     prompt: Annotated[str, typer.Option(help="the text to continue")] = "",
     count: Annotated[int, typer.Option("--count", "-n", help="completions to sample")] = 1,
     max_new_tokens: int = 64,
@@ -26,26 +29,25 @@ def generate(
 ) -> None:
     """Continue a prompt with a model or an adapter."""
     loading()
+    from ..models.catalog import named
     from ..recipes.tools import generate_texts
 
-    rows = generate_texts(stack, prompt, count, max_new_tokens, temperature, top_p, seed, device)
+    rows = generate_texts(named(stack), prompt, count, max_new_tokens, temperature, top_p, seed, device)
     if as_json:
         print_value(rows, True)
     else:
-        from ..runs.sanitize import sanitize
-
         for row in rows:
-            print(sanitize(row["prompt"] + row["text"]) + "\n")
+            print(folded_text(sanitize(row["prompt"] + row["text"]), sys.stdout) + "\n")
 
 
 @app.command(
     epilog=examples(
         'peftlab predict imdb-sentiment --text "A lovely, lovely film."',
-        "peftlab predict runs/reward-tiny --input answers.jsonl --output scores.jsonl",
+        "peftlab predict reward-tiny --input answers.jsonl --output scores.jsonl",
     )
 )
 def predict(
-    adapter: Annotated[str, typer.Argument(help="an adapter: a bundled name or a folder")],
+    adapter: Annotated[str, typer.Argument(help="a run or adapter: a name or a folder")],
     text: Annotated[str | None, typer.Option(help="predict this one text")] = None,
     input: Annotated[
         Path | None,
@@ -56,9 +58,10 @@ def predict(
 ) -> None:
     """Run an adapter on a text or on a file."""
     loading()
+    from ..models.catalog import named
     from ..recipes.predict import predict as run_predict
 
-    run_predict(adapter, text, input, output, device)
+    run_predict(named(adapter), text, input, output, device)
 
 
 @app.command(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from .check import scan_file, scan_rows
+from .hub import refusal
 from .imdb import BLOCKS, ROTTEN, load_block
 from .joined import COLUMNS, joined_records
 from .readers import READERS, Row
@@ -201,11 +202,9 @@ def _from_hub(
         if not constants.HF_HUB_OFFLINE:  # asked first, since datasets retries for half a minute
             HfApi().dataset_info(repository, timeout=10)
         rows = load_dataset(repository, config or None, split=split)
-    except Exception as error:  # a dozen kinds for "cannot reach" and "does not exist"
-        # datasets says which configs and splits there are, in a ValueError of many lines.
-        detail = f": {' '.join(str(error).split())[:200]}" if type(error) is ValueError else ""
+    except Exception as error:  # also a ValueError that says which configs and splits there are
         raise UserError(
-            f"data {name}:{split}: the Hub did not give it ({type(error).__name__}{detail}). Offline, use {OFFLINE}; "
+            f"data {name}:{split}: the Hub did not give it ({refusal(error)}). Offline, use {OFFLINE}; "
             "with HF_HUB_OFFLINE=1 what was downloaded before loads"
         ) from None
     column = (columns or {}).get("label", "label")

@@ -111,8 +111,9 @@ def _readable(name: str, source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        told = str(error).strip().partition("\n")[0][:200] if type(error) in (OSError, ValueError) else brief(error)
         raise UserError(
-            f"model {name}: cannot be read from {source} ({brief(error)}); fetch it again, or use another; code that a "
+            f"model {name}: cannot be read from {source} ({told}); fetch it again, or use another; code that a "
             "model brings is never run"
         ) from error
 

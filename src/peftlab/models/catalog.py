@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import command_for
+from ..data.hub import refusal
 from ..data.pull import WHEELS, cache_home, derived
 from ..errors import UserError, did_you_mean
+from ..runs.names import RUNS
 from .personas import persona_files
 
 Kind = Literal["causal", "encoder", "seq2seq", "adapter"]
@@ -66,6 +68,16 @@ CONVERTED = {
 }
 
 
+def named(name: str, root: Path = RUNS) -> str:
+    """What a verb was given, as `resolve` takes it: a name of the lab's, else the run of this name, else itself.
+
+    Only what a person types is looked up so: a base that an adapter or a config names is never a run called alike.
+    """
+    if name in known_names() or not (name and _is_run(root / name)):
+        return name
+    return str(root / name)
+
+
 def resolve(name: str) -> Entry:
     """The entry of a name, fetched and converted on first use.
 
@@ -80,13 +92,15 @@ def resolve(name: str) -> Entry:
         return _folder(name, BUNDLED / name, "MIT", "bundled")
     if name and _is_folder(name):
         return _folder(name, Path(name), "unknown", "path")
-    if not name or "\0" in name or name.startswith((".", "/", "~", "runs/")):
-        command = command_for(name.removeprefix("runs/")) if name.startswith("runs/") else ""
+    run = name.removeprefix("runs/")
+    command = "" if _is_run(RUNS / run) else command_for(run)  # a run that is there is hinted at below
+    if command or not name or "\0" in name or name.startswith((".", "/", "~", "runs/")):
         first = f"run `{command}` first; " if command else ""
-        raise UserError(f"model {name!r}: no such folder; {first}{_hint(name) or f'known offline: {OFFLINE}'}")
+        what = "no model, run or folder of that name" if command and "/" not in name else "no such folder"
+        raise UserError(f"model {name!r}: {what}; {first}{_hint(name) or f'known offline: {OFFLINE}'}")
     near = did_you_mean(name, known_names(), 0.75)
     if near and "/" not in name:  # OWNER/NAME is a Hub id, however much it resembles ours
-        raise UserError(f"model {name}: no such model or folder; {near}")
+        raise UserError(f"model {name}: no such model, run or folder; {near}")
     return _from_hub(name)
 
 
@@ -122,6 +136,13 @@ def _convert(known: _Converted, folder: Path) -> None:
 
 def _place(name: str) -> str:
     return f"models/{name}-{CONVERTED[name].version}"
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / "config.toml").is_file()
+    except (OSError, ValueError):  # no name of a file at all
+        return False
 
 
 def _is_folder(name: str) -> bool:
@@ -171,7 +192,7 @@ def _from_hub(name: str) -> Entry:
     except Exception as error:  # unreachable, offline, unknown, gated: huggingface_hub has a class for each
         hint = _hint(name)
         raise UserError(
-            f"model {name}: not known here, and the Hub did not give it ({type(error).__name__})"
+            f"model {name}: not known here, and the Hub did not give it ({refusal(error)})"
             + (f"; {hint}" if hint else f". Offline, use {OFFLINE}")
         ) from None
     return _folder(name, path, "see its model card", "hub")
@@ -185,7 +206,7 @@ def _hint(name: str) -> str:
     path = Path(name)
     known = {} if "/" in name else {n: f"the persona {n} (`peftlab chat --persona {n}`)" for n in persona_files()}
     with contextlib.suppress(OSError, ValueError):  # no such folder to look into, or no path at all
-        beside = path.parent if "/" in name else Path("runs")
+        beside = path.parent if "/" in name else RUNS
         known |= {folder.name: str(folder) for folder in beside.iterdir() if folder.is_dir()}
     near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.75)
     return f"did you mean {known[near[0]]}?" if near else ""

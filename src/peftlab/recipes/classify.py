@@ -30,6 +30,7 @@ from .common import (
     note_model,
     require_gradients,
     resume_point,
+    say_measures,
     seed_everything,
     trained_parameters,
 )
@@ -87,6 +88,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             return classify_texts(model, tokenizer, [r.text for r in records], config.max_length)
 
         truth = np.array([record.label for record in held_out])
+        say_measures(run)
         before = classification_metrics(_probabilities(logits_of(held_out)), truth)
         checkpoint = resume_point(run)
         if checkpoint is None:

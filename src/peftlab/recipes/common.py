@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.sources import RecordSet, load_records, same_data
 from ..models.stacks import adapter_hash
-from ..runs.progress import say
+from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
 from .several import of_first, require_same
 
@@ -133,6 +133,12 @@ def newest_checkpoint(run: RunDir) -> Path | None:
         where = f"after step {checkpoint.step}" if checkpoint else "from the start, since it has no checkpoint"
         say(f"{run.name}: goes on {where}")
     return checkpoint.path if checkpoint else None
+
+
+def say_measures(run: RunDir) -> None:
+    """Before the figures of the model as it is, which may take as long as many steps."""
+    if not Progress.quiet:
+        say(f"{run.name}: measures the model as it is; then come the steps")
 
 
 def trained_parameters(model: nn.Module) -> int:

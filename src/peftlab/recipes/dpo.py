@@ -31,7 +31,15 @@ from ..training.dpo import (
 )
 from ..training.trainer import LabTrainer
 from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
-from .common import load_recorded, load_rows, note_model, resume_point, seed_everything, trained_parameters
+from .common import (
+    load_recorded,
+    load_rows,
+    note_model,
+    resume_point,
+    say_measures,
+    seed_everything,
+    trained_parameters,
+)
 from .tasks import TASKS
 from .tasks.config import TaskConfig
 
@@ -87,6 +95,7 @@ def run(config: DpoConfig, run: RunDir) -> dict[str, Any]:
         policy = PairPolicy(roles, config.loss, config.beta, config.label_smoothing)
         # The adapter is fresh, on a resume too: it gets the checkpoint's weights in `fit`.
         first = first_pairs(policy, rows[: config.batch_size], tokenizer.pad_token_id)
+        say_measures(run)
         before = _figures(compare_rows(policy, test, tokenizer.pad_token_id), config)
         checkpoint = resume_point(run)
         if checkpoint is None:

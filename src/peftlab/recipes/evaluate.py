@@ -23,6 +23,7 @@ from ..evaluation.perplexity import perplexity, perplexity_intervals, row_nlls
 from ..evaluation.summaries import SummaryFormat, score_summaries, summarize
 from ..models.adapter_files import load_stack
 from ..models.backbone import Backbone
+from ..models.catalog import named
 from ..models.classifier import TextClassifier, own_labels
 from ..models.reward_model import RewardModel
 from ..models.stacks import kind_of
@@ -52,8 +53,9 @@ def run_eval(
     """
     if len(names) > 1 and not options.frontier:
         raise UserError(f"eval: {len(names)} names; one at a time, or several runs with --frontier")
-    folders = [_place(root, name) for name in names]
-    other = next((name for name, folder in zip(names, folders, strict=True) if recipe_of(folder) is None), None)
+    places = [named(name, root) for name in names]
+    folders = [Path(place) for place in places]
+    other = next((place for place in places if recipe_of(Path(place)) is None), None)
     if other is not None:
         options.refuse(other)
         return evaluate(other, data, limit, device, columns)
@@ -64,14 +66,9 @@ def run_eval(
     if options.frontier:
         return draw_frontier(folders, data, limit, device, options)
     if options.against:
-        options = replace(options, against=str(_place(root, options.against)))
+        options = replace(options, against=named(options.against, root))
         return compare_policy(folders[0], data, limit, device, options)
     return evaluate_policy(folders[0], data, limit, device, options)
-
-
-def _place(root: Path, name: str) -> Path:
-    """The folder of the run `name` below `root`, where there is one; else what the name says itself."""
-    return root / name if (root / name / "config.toml").is_file() else Path(name)
 
 
 def evaluate(name: str, data: str | None, limit: int | None, device: str, columns: Columns = None) -> dict[str, Any]:

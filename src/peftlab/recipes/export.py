@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import LabError, UserError, brief
-from ..models.catalog import resolve
+from ..data.hub import refusal
+from ..errors import LabError, UserError
+from ..models.catalog import named, resolve
 from ..models.export import NoAdapter, check_equal, load_options, write_adapter, write_merged
 from ..models.stacks import Stack, kind_of
 from ..report.read import RunFiles, read_run
@@ -78,23 +79,24 @@ def push(root: Path, name: str, repo_id: str, public: bool) -> dict[str, Any]:
             api.create_repo(repo_id, private=not public, exist_ok=True)
             done = api.upload_folder(repo_id=repo_id, folder_path=told["folder"], commit_message=f"peftlab push {name}")
         except Exception as error:  # unreachable, refused, another's: huggingface_hub has a class for each
-            raise LabError(f"push: the Hub did not take it ({brief(error)}); {instead}") from None
+            raise LabError(f"push: the Hub did not take it ({refusal(error)}); {instead}") from None
     return {"repo": repo_id, "url": str(done), "holds": told["holds"], "bytes": told["bytes"]}
 
 
 def _source(root: Path, name: str) -> tuple[str, RunFiles | None]:
     """What `models.catalog` resolves, and the run that it is of; UserError for a run that left neither."""
-    folder = root / name if (root / name / "config.toml").is_file() else Path(name)
+    place = named(name, root)
+    folder = Path(place)
     of_run = folder.parent if folder.name in ("adapter", "model") else folder
     if not (of_run / "config.toml").is_file():
-        return name, None
+        return place, None
     run = read_run(of_run)
     if not any((of_run / inner).is_dir() for inner in ("adapter", "model")):
         stages = ", ".join(f"{name}/{file.parent.name}" for file in sorted(of_run.glob("*/config.toml")))
         status = run.summary["status"]
         remedy = f"give one of its stages: {stages}" if stages else f"--resume ends it; its status is {status}"
         raise UserError(f"run {name}: has left no adapter and no model; {remedy}")
-    return str(folder), run
+    return place, run
 
 
 def _write(source: str, form: str, folder: Path) -> tuple[Stack, bool, float]:

@@ -8,16 +8,20 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, load_config, to_toml
+from ..config import Config, command_for, headlines, load_config, to_toml
 from ..errors import Interrupted, LabError, UserError
+from ..models.backbone import pick_device
 from ..report import render
 from ..runs.launched import rank, world_size
 from ..runs.progress import say, watched
-from ..runs.rundir import RunDir, ended_runs, vacant
+from ..runs.rundir import RunDir, differences, ended_runs, list_runs, vacant
 from ..training.arguments import TrainConfig
-from . import load
+from . import RECIPES, load
 from .several import joined, of_first, opened, require_same_job, require_shares
 from .tasks.config import TaskConfig
+
+FOR_GPU = "made for a GPU"  # as the first line of a shipped config says
+SHORTER = {"max_steps": 100, "train_limit": 500, "steps": 10}  # the keys that shorten a job, and what one may try
 
 
 def launch(
@@ -34,6 +38,8 @@ def launch(
         name = name or of_first(lambda: free_name(root, default, resume, config))
         if not (source or overrides or resume):
             say(f"{verb} by its defaults, as run {name}: `peftlab {verb} --dry-run` shows them; Ctrl+C stops it")
+        if not resume and (told := slow_here(verb, source, config, overrides)):
+            say(told)
         try:
             return start(verb, config, root, name, resume)
         except Interrupted as error:
@@ -57,6 +63,29 @@ def start(verb: str, config: Config, root: Path, name: str, resume: bool = False
             raise
         _report(run)
         return summary
+
+
+def slow_here(verb: str, source: str | None, config: Config, overrides: list[str]) -> str:
+    """What to say before a job that takes long on this machine, with what makes it shorter; else nothing.
+
+    That is a config made for a GPU, or the defaults on all their data, where the device is a CPU and none of the keys
+    that shorten the job was given.
+    """
+    fields = type(config).model_fields
+    limits = {key: value for key, value in SHORTER.items() if key in fields}
+    given = {override.partition("=")[0].strip() for override in overrides}
+    told, data = headlines(), getattr(config, "train_data", "")
+    large = FOR_GPU in told.get(source or "", "")
+    whole = source is None and "train_limit" in fields and data == fields["train_data"].default
+    if not (large or whole) or given & limits.keys() or pick_device(getattr(config, "device", "auto")).type != "cpu":
+        return ""
+    names = [
+        name for name, line in told.items() if FOR_GPU not in line and command_for(name).startswith(f"peftlab {verb} ")
+    ]
+    smaller = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} smaller; " if names else ""
+    why = f"{source} is {FOR_GPU}" if large else f"{verb} without a config trains on all of {data}"
+    keys = " or ".join(f"{key}={value}" for key, value in limits.items())
+    return f"{why}, and may take hours on a CPU: {smaller}{keys} makes it shorter"
 
 
 def _report(run: RunDir) -> None:
@@ -95,17 +124,23 @@ def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
 def _to_resume(root: Path, config: Config) -> str:
     """The newest run of this very config, one that can go on before one that is done (a resume may be repeated).
 
-    Where there is none, the newest of the recipe that can go on.
+    UserError where there is none, with the newest of the recipe that can go on and how.
     """
     recipe, ours = type(config).model_fields["recipe"].default, to_toml(config)
-    best = (False, False, "")
-    for folder, status in ended_runs(root, recipe):
-        same, going = (folder / "config.toml").read_text(encoding="utf-8") == ours, status != "done"
-        if (same or going) and (same, going) >= best[:2]:
-            best = (same, going, folder.name)
-    if not best[2]:
+    found = ended_runs(root, recipe)
+    texts = {folder: (folder / "config.toml").read_text(encoding="utf-8") for folder, _ in found}
+    going = [folder for folder, status in found if status != "done"]
+    same = [folder for folder, text in texts.items() if text == ours]
+    if same:
+        return next((folder for folder in reversed(going) if folder in same), same[-1]).name
+    if going:
+        last = going[-1]
+        source = [str(last / "config.toml")] if recipe in RECIPES else []  # of a demo there is none to give
         raise UserError(
-            f"no run of {recipe} in {root} can be resumed: none has logged a figure or written a checkpoint; "
-            "drop --resume to start one"
+            f"no run of {recipe} in {root} has this configuration; drop --resume to start one. "
+            f"Run {last.name} can go on with its own, which differs in {', '.join(differences(texts[last], ours))}:\n"
+            f"  {shlex.join(['peftlab', recipe, *source, '--run', last.name, '--resume'])}"
         )
-    return best[2]
+    busy = [run["run"] for run in list_runs(root) if (run["recipe"], run["status"]) == (recipe, "running")]
+    why = f"{', '.join(busy)} is still running" if busy else "none was stopped after its first figure or checkpoint"
+    raise UserError(f"no run of {recipe} in {root} can be resumed: {why}; drop --resume to start one")

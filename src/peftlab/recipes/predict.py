@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..models.classifier import TextClassifier
 from ..models.reward_model import RewardModel
 from ..models.stacks import kind_of
 from ..runs.atomic import write_rows
+from ..runs.progress import folded
 from ..sampling.sampler import Decoding
 from .tools import load_sampler
 
@@ -49,7 +51,7 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
         print(f"{len(answers)} rows: {output}")
     else:
         for answer in answers:
-            print(json.dumps(answer))
+            print(folded(json.dumps(answer), sys.stdout, 1))
 
 
 def _classify(adapter: str, rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
@@ -95,9 +97,11 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"--input {path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"--input {path}: is a folder; give a JSONL file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise UserError(f"--input {path}: cannot be read as UTF-8 text: {error}") from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -117,7 +121,7 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
             raise UserError(f"{path}:{number}: `{field}` is empty; give a text, or take the row out")
         rows.append({"id": given.get("id", len(rows)), **found})
     if not rows:
-        raise UserError(f"{path}: holds no rows")
+        raise UserError(f"--input {path}: holds no rows; give one JSON object a line")
     return rows
 
 

@@ -24,7 +24,7 @@ from ..runs.checkpoint import whole_folder
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, load_rows, resume_point, seed_everything, trained_parameters
+from .common import load_recorded, load_rows, resume_point, say_measures, seed_everything, trained_parameters
 from .pretrain_card import Facts, card
 from .pretrain_tasks import Denoising, LanguageModelling, Task
 
@@ -77,6 +77,7 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
         model = _model(len(tokenizer), config)
         arguments = training_arguments(config, task.epoch_rows, workers=WORKERS)
         model.to(arguments.device)
+        say_measures(run)
         before, _ = _figures(task, model)
         checkpoint = resume_point(run)
         if checkpoint is None:

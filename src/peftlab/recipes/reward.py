@@ -45,7 +45,7 @@ from ..runs.progress import say
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, load_rows, newest_checkpoint, note_data, note_model, seed_everything
+from .common import load_recorded, load_rows, newest_checkpoint, note_data, note_model, say_measures, seed_everything
 from .reward_data import PairRoles, collate_answers, pair_length, pair_roles, pair_rows, pair_tokens
 from .several import of_first
 
@@ -104,6 +104,7 @@ def run(config: RewardConfig, run: RunDir) -> dict[str, Any]:
         net = RewardNet.fresh(backbone, config.lora, config.members, config.seed)
         model = RewardModel(run.name, net, backbone.tokenizer, config.max_length, Scale(((1.0, 0.0),) * config.members))
         rows = pair_rows(pairs.train, model, config.objective, config.margin)
+        say_measures(run)
         fresh = _scaled(model, pairs.held_out, config)
         before, strange = (ScoredPairs.of(fresh, part) for part in (pairs.held_out, pairs.ood))
         baseline = pair_metrics(before) | _ood_metrics(strange)

@@ -22,6 +22,7 @@ from ..data.records import Message, Prompt
 from ..errors import Interrupted, UserError
 from ..models.adapter_files import load_stack
 from ..models.backbone import parameter_bytes
+from ..models.catalog import named
 from ..models.mix import Mixer
 from ..models.per_row import PerRow
 from ..models.personas import persona_files
@@ -70,6 +71,7 @@ def serve(names: Sequence[str], options: ServeOptions) -> None:
             raise UserError(f"{option} {value}: give {least} or more")
     if not 0 < options.timeout < 1e6:
         raise UserError(f"--timeout {options.timeout}: give seconds, more than 0")
+    names = [name if name in persona_files() else named(name) for name in names]
     if len(set(names)) < len(names):
         raise UserError(f"serve: {' '.join(names)}: a name stands there twice")
     preferences = Preferences(options.prefs)
@@ -108,7 +110,8 @@ def api_key(options: ServeOptions) -> str | None:
         try:
             key = options.key_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{place}: cannot be read: {error}") from None
+            why = getattr(error, "strerror", None) or "is no UTF-8 text"
+            raise UserError(f"{place}: cannot be read: {why.lower()}") from None
     else:
         return None
     if not (key and key.isascii() and key.isprintable() and " " not in key):

@@ -28,6 +28,7 @@ from .common import (
     note_model,
     require_gradients,
     resume_point,
+    say_measures,
     seed_everything,
     trained_parameters,
 )
@@ -84,6 +85,7 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
             return figures | told.metrics(), intervals | told.intervals(), told.answers
 
         # The fresh adapter is a no-op, so "before" is the base model; a resumed run finds the same value again.
+        say_measures(run)
         before, _, said_before = measure()
         checkpoint = resume_point(run)
         if checkpoint is None:

@@ -34,6 +34,7 @@ from .common import (
     note_model,
     require_gradients,
     resume_point,
+    say_measures,
     seed_everything,
     trained_parameters,
 )
@@ -84,6 +85,7 @@ def run(config: SummarizeConfig, run: RunDir) -> dict[str, Any]:
         rows = form.rows(load_recorded(run, config, "train", "summarize").records, tokenizer)
         held_out = load_recorded(run, config, "eval", "summarize").records
 
+        say_measures(run)
         before = Measured(backbone.model, tokenizer, form, held_out)
         model = _learner(backbone, config, rows)
         checkpoint = resume_point(run)

@@ -7,20 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from ..data.sources import load_records
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..models.adapter_files import load_stack
 from ..models.catalog import list_models, resolve
 from ..models.stacks import read_stack
 from ..sampling.sampler import Decoding, Sampler
+
+IMDB = "imdb"  # data that `pull` fetches; any other name is a model's
 
 
 def pull_names(names: list[str]) -> dict[str, Path]:
     """Fetch and convert what each name needs; where it lies now."""
     places = {}
     for name in names:
-        if name == "imdb":
+        if near := did_you_mean(name, [IMDB], 0.75) if name != IMDB and not Path(name).exists() else "":
+            raise UserError(f"pull {name}: no such data or model; {near}")
+    for name in names:
+        if name == IMDB:
             load_records("imdb:test", "sft")
-        places[name] = _imdb_folder() if name == "imdb" else Path(resolve(name).path)
+        places[name] = _imdb_folder() if name == IMDB else Path(resolve(name).path)
     return places
 
 
@@ -44,7 +49,7 @@ def generate_texts(
 ) -> list[dict[str, Any]]:
     """`count` completions of one prompt, each from its own seed."""
     for option, value, fits, wanted in (
-        ("--count", count, count >= 1, "1 or more"),
+        ("--count (-n)", count, count >= 1, "1 or more"),
         ("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("--temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
         ("--top-p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),

@@ -26,16 +26,37 @@ MOST_BYTES = 1 << 20  # of the end of rollouts.jsonl, which is read for a sample
 MOST_CHARACTERS = 240  # of a sample
 
 
-class Panel:
-    """What is known of a run of `total` steps whose logs are in `folder`."""
+class Pace:
+    """How long a job of `total` steps has run, and how long it will by the steps since the first that was noted."""
 
-    def __init__(self, name: str, folder: Path, total: int) -> None:
-        self.name, self.folder, self.total = name, folder, total
-        self.began = time.monotonic()
+    def __init__(self, total: int) -> None:
+        self.total, self.began = total, time.monotonic()
+        self._first: tuple[int, float] | None = None  # a step, and when it ended: it alone pays for what is done once
+
+    def note(self, step: int) -> None:
+        """`step` has ended."""
+        self._first = self._first or (step, time.monotonic())
+
+    def gone(self) -> str:
+        """"0:01:30 so far"."""
+        return f"{_clock(time.monotonic() - self.began)} so far"
+
+    def left(self, step: int) -> str:
+        """"about 0:12:00 left" after `step`; empty after the first that was noted, and after the last."""
+        if self._first is None or not self._first[0] < step < self.total:
+            return ""
+        since, then = self._first
+        return f"about {_clock((self.total - step) * (time.monotonic() - then) / (step - since))} left"
+
+
+class Panel:
+    """What is known of a run whose logs are in `folder`."""
+
+    def __init__(self, name: str, folder: Path, pace: Pace) -> None:
+        self.name, self.folder, self.pace = name, folder, pace
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self._read = 0
-        self._shown: tuple[int, float] | None = None  # first step that was shown, and when
 
     def render(self, step: int, file: TextIO) -> str | None:
         """The panel after `step`, for the terminal that `file` is; None where that is too low or knows no cursor."""
@@ -67,8 +88,10 @@ class Panel:
         from rich.text import Text
 
         bar = Table.grid(padding=(0, 2))
-        times = Text(f"{100 * step // max(1, self.total)}%  {self._times(step)}")
-        bar.add_row(ProgressBar(total=max(1, self.total), completed=step, width=24), times)
+        total = max(1, self.pace.total)
+        bar.add_row(
+            ProgressBar(total=total, completed=step, width=24), Text(f"{100 * step // total}%  {self._times(step)}")
+        )
         table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
         for column in ("", "now", "first", "wanted", ""):
             table.add_column(column, justify="right" if column in ("now", "first") else "left", no_wrap=True)
@@ -79,21 +102,13 @@ class Panel:
             table.add_row(entry.name, f"{now:.4g}", f"{first:.4g}", wanted, Text(words, style))
         sample = self._sample()
         parts: list[Any] = [bar, Text(), table, *([Text(), Text(sample, overflow="fold")] if sample else [])]
-        title = Text(f" {self.name}: step {step} of {self.total} ", "bold")
+        title = Text(f" {self.name}: step {step} of {self.pace.total} ", "bold")
         return Box(Group(*parts), title=title, title_align="left", box=ROUNDED, padding=(0, 1))
 
     def _times(self, step: int) -> str:
-        """How long it has trained, and how long it will by the steps since the first that was shown."""
-        now = time.monotonic()
-        if self._shown is None:
-            self._shown = step, now
-        since, then = self._shown
-        gone = f"{_clock(now - self.began)} so far"
-        if step >= self.total:
-            return f"{gone}; then the evaluation"
-        if step == since:
-            return gone
-        return f"{gone}, about {_clock((self.total - step) * (now - then) / (step - since))} left"
+        """How long it has trained, and what is left."""
+        left = "then the evaluation" if step >= self.pace.total else self.pace.left(step)
+        return "; ".join(filter(None, (self.pace.gone(), left)))
 
     def _sample(self) -> str:
         """The last rollout that was recorded, in one line; empty where there is none."""

@@ -1,13 +1,15 @@
 """Standard error while a job runs: how far it is, and lines that do not run into that.
 
 On a terminal a training run has a panel that redraws itself in place, any other job a line; elsewhere a line comes
-every ten seconds and at the end. No cursor is hidden and no mode is set, so whatever ends the process leaves the
-terminal whole.
+with the first step, then every ten seconds, and with the last one. No cursor is hidden and no mode is set, so whatever
+ends the process leaves the terminal whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import shutil
 import sys
 import textwrap
@@ -17,10 +19,11 @@ from pathlib import Path
 from typing import ClassVar, TextIO
 
 from .launched import rank
-from .panel import Panel
+from .panel import Pace, Panel
 from .sanitize import sanitize
 
-EVERY_S = 10.0
+EVERY_S, LIVE_EVERY_S = 10.0, 0.2  # between two looks: of a log, and of a terminal, which a fast job shall not wait for
+LEAST_COLUMNS = 24  # that a table's last column may be broken into, where it begins in the terminal's right half
 PATIENCE_S = 2.0  # in which a launcher that saw one process end has ended the others
 
 
@@ -37,23 +40,29 @@ class Progress:
     run: ClassVar[tuple[str, Path] | None] = None
 
     def __init__(self, total: int) -> None:
-        self.total = total
-        self.shown = time.monotonic()
-        self.panel = Panel(*Progress.run, total) if Progress.run else None
+        self.total, self.pace = total, Pace(total)
+        self.shown = -math.inf
+        self.panel = Panel(*Progress.run, self.pace) if Progress.run else None
 
     def show(self, step: int, figures: str) -> None:
-        """`figures`: what to say of the step in a line, for example "loss 3.41"."""
+        """`figures`: what to say of the step in a line, for example "loss 3.41". To be called after every step.
+
+        The first step and the last are always shown; each but the first with the time that is left by the pace so far.
+        """
         live, last = sys.stderr.isatty(), step >= self.total
-        if Progress.quiet or rank() or (not live and not last and time.monotonic() - self.shown < EVERY_S):
+        self.pace.note(step)
+        waited = time.monotonic() - self.shown
+        if Progress.quiet or rank() or (not last and waited < (LIVE_EVERY_S if live else EVERY_S)):
             return
         self.shown = time.monotonic()
         if live and self.panel and (drawn := self.panel.render(step, sys.stderr)):
             _write(_erased() + drawn)
             Progress.open, Progress.drawn = True, drawn
             return
-        line = f"  step {step}/{self.total}  {figures}"
+        line = "  ".join(filter(None, (f"  step {step}/{self.total}", figures, self.pace.left(step))))
         Progress.open, Progress.drawn = live and not last, ""
-        _write((f"\r{line:<79}" if live else line) + ("" if Progress.open else "\n"))
+        width = shutil.get_terminal_size().columns - 1  # a full line would make the terminal begin another
+        _write((f"\r{line[:width]:<{width}}" if live else line) + ("" if Progress.open else "\n"))
 
 
 @contextlib.contextmanager
@@ -76,7 +85,7 @@ def say(message: str) -> None:
     """
     if rank():
         return
-    text = "\n".join(folded(line, sys.stderr) for line in sanitize(message).split("\n"))
+    text = folded_text(sanitize(message), sys.stderr)
     if Progress.open and Progress.drawn:
         _write(f"{_erased()}{text}\n{Progress.drawn}")
         return
@@ -89,12 +98,24 @@ def say(message: str) -> None:
 def folded(line: str, file: TextIO, below: int = 0) -> str:
     """A line as it goes to `file`: on a terminal too narrow for it broken at words, the rest below column `below`.
 
-    In a pipe it stays one line, as does one that begins with two spaces: a command, to be copied whole.
+    In a pipe it stays one line, as does one that begins with two spaces or a backtick: a command, to be copied whole.
     """
-    if not overflows(len(line), file) or line.startswith("  "):
-        return line
+    whole = not overflows(len(line), file) or line.startswith(("  ", "`"))
+    return line if whole else _broken(line, below)
+
+
+def folded_text(text: str, file: TextIO) -> str:
+    """Every line of a text `folded`; the rest of a list's point goes below its first word."""
+    lines = []
+    for line in text.split("\n"):
+        point = re.match(" *- ", line) if overflows(len(line), file) else None
+        lines.append(_broken(line, point.end()) if point else folded(line, file))
+    return "\n".join(lines)
+
+
+def _broken(line: str, below: int) -> str:
     width = shutil.get_terminal_size().columns
-    indent = " " * (below if below <= width // 2 else 2)
+    indent = " " * (below if below <= max(width // 2, width - LEAST_COLUMNS) else 2)
     parts = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(parts)
 

@@ -72,6 +72,7 @@ def training_arguments(config: TrainConfig, rows: int, workers: int = 0) -> Trai
         save_steps=config.save_every or steps,
         eval_strategy="no",
         logging_steps=max(1, min(10, steps // 50)),
+        logging_first_step=True,  # a person sees at once that it learns
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",

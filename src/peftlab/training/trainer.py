@@ -202,7 +202,7 @@ class Rows(torch.utils.data.Dataset[Any]):
 
 
 class LabCallback(TrainerCallback):
-    """Logs by the registry's names, stops on signals, shows one line of progress; `updated` looks at each update."""
+    """Logs by the registry's names, stops on signals, shows how far it is; `updated` looks at each update."""
 
     def __init__(
         self, log: Log, stop_requested: Callable[[], int | None], total: int, updated: Callable[[], None]
@@ -210,6 +210,7 @@ class LabCallback(TrainerCallback):
         self.write, self.stop_requested, self.progress = log, stop_requested, Progress(total)
         self.updated = updated
         self.signum: int | None = None
+        self.logged = ""  # what a line between two logged steps says: the loss of the first, and which that is
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.updated()
@@ -218,6 +219,8 @@ class LabCallback(TrainerCallback):
         self.signum = ranks.agreed(self.stop_requested())
         if self.signum:
             control.should_save = control.should_training_stop = True
+        if not control.should_log:  # else its own figures come in a moment
+            self.progress.show(state.global_step, self.logged)
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
@@ -225,7 +228,9 @@ class LabCallback(TrainerCallback):
         found = {ours: float((logs or {})[theirs]) for theirs, ours in names.items() if theirs in (logs or {})}
         if found:
             self.write(found, state.global_step)
-            self.progress.show(state.global_step, f"loss {found.get('train/loss', math.nan):.4f}")
+            told = f"loss {found.get('train/loss', math.nan):.4f}"
+            self.logged = f"{told} at step {state.global_step}"
+            self.progress.show(state.global_step, told)
 
 
 def _own_part(rows: Sequence[Any], collate: Callable[[Sequence[Any]], dict[str, Any]]) -> dict[str, Any]:
