@@ -83,9 +83,40 @@ def test_quick_lora_leaves_the_rest_to_peft(tiny_causal, monkeypatch):
         else:
             layer = next(m for m in model.modules() if isinstance(m, Linear))
             layer(torch.zeros(2, layer.in_features))
-    model = adapted(tiny_causal, "gpt2")
-    with torch.autocast("cpu", torch.bfloat16):
-        causal_logits(model, IDS, MASK, 3)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_under_autocast_quick_lora_rounds_no_more_than_peft(tiny_causal, architecture):
+    model = adapted(tiny_causal, architecture)
+    learned = list(adapter_parameters(model, "policy").values())
+    for parameter in learned:
+        nn.init.normal_(parameter, std=0.2)
+        parameter.requires_grad_(True)
+
+    def gradients(rounded: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            logits = causal_logits(model, IDS, MASK, 3).float()
+        made = torch.autograd.grad(logits.log_softmax(-1)[..., 5].sum(), learned)
+        assert all(gradient.dtype == torch.float32 for gradient in made)
+        return torch.cat([gradient.flatten() for gradient in made])
+
+    exact, ours = gradients(False), gradients(True)
+    for module in model.modules():
+        if isinstance(module, QuickLora):
+            module.__class__ = Linear
+    theirs = gradients(True)
+    assert 0 < (ours - exact).norm() < 1.25 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_under_autocast_a_fresh_policy_is_its_reference(tiny_causal, architecture):
+    model = adapted(tiny_causal, architecture)
+    for name, parameter in adapter_parameters(model, "policy").items():
+        nn.init.normal_(parameter, std=0.0 if "lora_B" in name else 0.2)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        policy = causal_logits(model, IDS, MASK, 3)
+        activate(model)
+        assert torch.equal(causal_logits(model, IDS, MASK, 3), policy)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])

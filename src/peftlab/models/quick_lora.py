@@ -11,10 +11,13 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.split import SplitRows, SplitWeight, in_tf32, splits_pay
 from .lean import recompute
+
+CASTABLE = {torch.float32, torch.bfloat16, torch.float16}  # what autocast rounds
 
 
 def quicken(model: nn.Module) -> None:
@@ -46,8 +49,9 @@ class QuickLora(Linear):
     """peft's LoRA on a frozen linear layer, adding in place where peft makes three tensors (T, E) and keeps them.
 
     Whatever is not one plain LoRA (several at once, DoRA and other variants, dropout that acts, a base that learns,
-    other dtypes, autocast) is peft's to compute. Where `split_products` was called, so is the base without a LoRA here:
-    a policy and its reference differ by the LoRA alone.
+    other dtypes) is peft's to compute. Under autocast all products are of its dtype, of an input that is rounded once.
+    There, and where `split_products` was called, the base without a LoRA is computed here too: a policy and its
+    reference differ by the LoRA alone.
     """
 
     split: SplitWeight | None = None
@@ -65,8 +69,9 @@ class QuickLora(Linear):
         return made
 
     def _plain(self, x: Tensor, own: list[str]) -> bool:
-        """Whether what acts is one plain LoRA, or none and the base multiplies in parts."""
-        if len(own) > 1 or not own and self._parts(x) is None:
+        """Whether what acts is one plain LoRA, or none and the base is not multiplied as peft would."""
+        dtype = self.dtype_of(x)
+        if len(own) > 1 or not own and self._parts(x) is None and dtype == x.dtype:
             return False
         weights = [self.base_layer.weight]
         for name in own:
@@ -77,17 +82,27 @@ class QuickLora(Linear):
                 return False
             weights += [self.lora_A[name].weight, self.lora_B[name].weight]
         learns = any(parameter.requires_grad for parameter in self.base_layer.parameters())
-        same = all(weight.dtype == x.dtype for weight in weights)
-        return same and not learns and not torch.is_autocast_enabled(x.device.type)
+        fitting = CASTABLE if torch.is_autocast_enabled(x.device.type) else {x.dtype}
+        return not learns and all(tensor.dtype in fitting for tensor in (x, *weights))
+
+    def dtype_of(self, x: Tensor) -> torch.dtype:
+        """The dtype of the products of x."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
     def _parts(self, x: Tensor) -> SplitWeight | None:
         """The base in parts, where x is to be multiplied so."""
-        return self.split if x.dtype == torch.float32 else None
+        return self.split if self.dtype_of(x) == torch.float32 else None
 
     def base(self, x: Tensor) -> Tensor:
-        """What the frozen layer makes of x (..., D)."""
+        """What the frozen layer makes of x (..., D), in the dtype of x."""
+        layer: Any = self.base_layer
         parts = self._parts(x)
-        made: Tensor = self.base_layer(x) if parts is None else parts(x)
+        if parts is not None:
+            return parts(x)
+        if x.dtype != layer.weight.dtype:
+            return F.linear(x, _weight(layer).to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+        made: Tensor = layer(x)
         return made
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -106,12 +121,14 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, layer: QuickLora, scale: float) -> Tensor:
-        result = layer.base(x)
-        low = layer.down(x, down)
-        result.view(-1, result.shape[-1]).addmm_(low, up.t(), alpha=scale)
-        ctx.make, made_of = recompute(x)
+        states = x.to(layer.dtype_of(x))
+        with torch.autocast(x.device.type, enabled=False):
+            result = layer.base(states)
+            low = layer.down(states, down.to(states.dtype))
+            result.view(-1, result.shape[-1]).addmm_(low, up.to(states.dtype).t(), alpha=scale)
+        ctx.make, made_of = recompute(states)
         ctx.save_for_backward(low, down, up, *made_of)
-        ctx.layer, ctx.scale, ctx.shape = layer, scale, x.shape
+        ctx.layer, ctx.scale, ctx.shape, ctx.dtype = layer, scale, x.shape, x.dtype
         return result
 
     @staticmethod
@@ -121,12 +138,12 @@ class _LowRank(torch.autograd.Function):
         states = ctx.make(*made_of).reshape(-1, down.shape[1])
         gradient = gradient.reshape(-1, gradient.shape[-1])
         with ctx.layer.gradients():
-            back = (gradient @ up) * ctx.scale
+            back = (gradient @ up.to(gradient.dtype)) * ctx.scale
             of_up = (gradient.t() @ low) * ctx.scale
             of_x = None
             if ctx.needs_input_grad[0]:
-                of_x = (gradient @ _weight(ctx.layer.base_layer)).addmm_(back, down).view(ctx.shape)
-            return of_x, back.t() @ states, of_up, None, None
+                of_x = _before(gradient, ctx.layer).addmm_(back, down.to(gradient.dtype)).view(ctx.shape).to(ctx.dtype)
+            return of_x, (back.t() @ states).to(down.dtype), of_up.to(up.dtype), None, None
 
 
 class _Frozen(torch.autograd.Function):
@@ -134,11 +151,18 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuickLora) -> Tensor:
-        ctx.layer = layer
-        return layer.base(x)
+        ctx.layer, ctx.dtype = layer, x.dtype
+        states = x.to(layer.dtype_of(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return layer.base(states)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         with ctx.layer.gradients():
-            return gradient @ _weight(ctx.layer.base_layer), None
+            return _before(gradient, ctx.layer).to(ctx.dtype), None
+
+
+def _before(gradient: Tensor, layer: QuickLora) -> Tensor:
+    """The gradient (..., D) of a frozen layer's input, of that (..., E) of what it gives."""
+    return gradient @ _weight(layer.base_layer).to(gradient.dtype)
