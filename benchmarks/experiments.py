@@ -118,18 +118,21 @@ def continuations() -> list[Job]:
     """SmolLM2 on IMDb: a reward model of pairs that `imdb-sentiment` ranks; PPO, RLOO, DPO towards praise."""
     pairs = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl"
     shape = "model=RUNS/sft prompt_tokens=[2,8] max_new_tokens=48 eval_prompts=750 lora.r=16 lora.alpha=32"
-    steered = f"{shape} steps=200 kl_target=5 kl_horizon=2000 kl_stop=12"
+    steered = f"{shape} steps=200 kl_target=5 kl_stop=12"
+    # RLOO takes sixty steps to its target. A quick controller would have let go of the penalty by then.
+    rloo = "prompts_per_step=64 lr=1e-4 kl_horizon=20000"
+    ppo = "prompts_per_step=256 minibatch_size=128 lr=2e-4 critic_lr=1e-3 kl_horizon=2000"
     jobs = [
         Job("sft", "sft smollm2-imdb train_limit=8000"),
         Job("pairs", f"{PAIRS} --limit 8000 --dtype bfloat16", ("sft",)),
         Job("reward", f"reward reward-explanations model=RUNS/sft {pairs} max_length=128", ("pairs",)),
     ]
-    ppo = "prompts_per_step=256 minibatch_size=128 lr=3e-4 critic_lr=1e-3"
     for seed in range(5):
         if seed < 3:
-            rloo, dpo = "prompts_per_step=64 lr=1e-4", f"{shape} {pairs} max_length=64 beta=0.5 lr=1e-4"
             jobs.append(Job(f"rloo-s{seed}", f"rloo rloo-tiny {steered} {rloo} seed={seed}", ("sft",)))
-            jobs.append(Job(f"dpo-s{seed}", f"dpo dpo-tiny {dpo} seed={seed}", ("pairs",)))
+            for beta in (0.5, 0.7):
+                dpo = f"{shape} {pairs} max_length=64 beta={beta} epochs=2 lr=1e-4"
+                jobs.append(Job(f"dpo-{beta}-s{seed}", f"dpo dpo-tiny {dpo} seed={seed}", ("pairs",)))
         jobs.append(Job(f"ppo-s{seed}", f"ppo ppo-tiny {steered} {ppo} seed={seed}", ("sft",)))
     return jobs
 
