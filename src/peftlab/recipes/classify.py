@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -56,7 +57,7 @@ class ClassifyConfig(TrainConfig):
     teacher: str = Field("", description="classifiers, joined by +; their mean probabilities are the targets")
     calibrate: float = Field(0.05, ge=0, lt=1, description="share of rows kept for the temperature, if 100 or more")
     labels: list[str] = Field(LABEL_NAMES, min_length=2)
-    compare: str = Field("", description="another classifier, to be measured on the same held-out rows")
+    compare: str = Field("", description="another classifier, to be measured on the same tokens of the same rows")
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraVariants = LoraVariants()
 
@@ -111,7 +112,8 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
         probabilities = _probabilities(logits_of(held_out) / temperature)
         after = classification_metrics(probabilities, truth) | ({"eval/temperature": temperature} if kept else {})
         if other is not None:
-            guesses = other.logits([r.text for r in held_out]).argmax(-1).numpy()
+            alike = replace(other, max_length=min(other.max_length, config.max_length))
+            guesses = alike.logits([r.text for r in held_out]).argmax(-1).numpy()
             after["compare/accuracy"] = float((guesses == truth).mean())
         run.log(after, trainer.state.global_step)
         run.write_samples(surest_errors(probabilities, held_out, config.labels, ERRORS_SHOWN))

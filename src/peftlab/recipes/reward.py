@@ -49,7 +49,7 @@ from .common import load_recorded, load_rows, newest_checkpoint, note_data, note
 from .reward_data import PairRoles, collate_answers, pair_length, pair_roles, pair_rows, pair_tokens
 from .several import of_first
 
-NORMALISE_ON = 1024  # training pairs whose answers set gain and bias
+NORMALISE_ON = 256  # training pairs whose 512 answers set gain and bias: the mean to .04
 ERRORS_SHOWN = 10
 
 

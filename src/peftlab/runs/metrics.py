@@ -93,7 +93,7 @@ _REGISTRY = [
     ),
     Metric(
         "compare/accuracy",
-        "Accuracy on the same rows of the classifier that the key `compare` names, for comparison.",
+        "Accuracy on the same tokens of the same rows of the classifier that the key `compare` names.",
         better="higher",
     ),
     Metric(
