@@ -46,7 +46,7 @@ def run_doctor(stack_name: str = "tiny-gpt2", device: str = "auto") -> tuple[dic
         raise UserError(f"{stack_name}: is a {stack.kind}; doctor checks causal language models and their adapters")
     roles = Roles(backbone, Lora(r=4, alpha=8))
     roles.quicken()  # as training does
-    tiny = stack.base == "tiny-gpt2" and roles.device.type == "cpu"
+    tiny = stack_name == "tiny-gpt2" and roles.device.type == "cpu"
     limit = first_ratio_limit(roles.precision, tiny_on_cpu=tiny)
     checks = [*_rollout_checks(roles, limit), *_model_checks(roles), *_training_checks(roles)]
     return {"model": stack_name, "base": stack.base, **environment(roles)}, checks

@@ -220,8 +220,8 @@ def controller(config: PolicyConfig) -> FixedKL | AdaptiveKL:
 def settings_of(kind: type[Settings], config: PolicyConfig, job: Job) -> Settings:
     """The update's settings: every key that bears the name of one, and what follows from model and device."""
     shared = kind.__dataclass_fields__.keys() & type(config).model_fields.keys()
-    openings = config.prompt_tokens != WHOLE
-    tiny_on_cpu = job.stack.base == "tiny-gpt2" and job.roles.device.type == "cpu" and openings
+    bare, openings = config.model == "tiny-gpt2", config.prompt_tokens != WHOLE
+    tiny_on_cpu = bare and openings and job.roles.device.type == "cpu"
     limit = first_ratio_limit(job.roles.precision, tiny_on_cpu=tiny_on_cpu)
     return kind(total_steps=config.steps, ratio_limit=limit, **{name: getattr(config, name) for name in shared})
 
