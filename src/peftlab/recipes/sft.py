@@ -122,7 +122,6 @@ def plan(config: SftConfig) -> dict[str, Any]:
         "tokens": sum(map(row_length, rows)),
         "steps": total_steps(config, len(rows)),
         "trained parameters": trained_parameters(model),
-        "bytes of one batch's logits": config.batch_size * config.max_length * backbone.model.config.vocab_size * 4,
     }
 
 
