@@ -18,7 +18,7 @@ from ..models.stacks import Stack, stack_over
 from ..rl.rollout import PromptBatch, ScoreFunction
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding
-from .common import fitting_rows, note_data, too_long
+from .common import fitting_rows, note_data, say_measures, too_long
 from .tasks.config import TaskConfig
 from .tasks.task import WHOLE
 
@@ -80,6 +80,7 @@ def before_after(
 
     `reward`: what the policy learned from, if that was a function; its mean is told too.
     """
+    say_measures(run, f"answers {len(prompts.texts)} held-out prompts, without and with what was learned")
     decoding = Decoding(max_new_tokens)
     sides = {
         name: evaluate_side(

@@ -135,10 +135,10 @@ def newest_checkpoint(run: RunDir) -> Path | None:
     return checkpoint.path if checkpoint else None
 
 
-def say_measures(run: RunDir) -> None:
-    """Before the figures of the model as it is, which may take as long as many steps."""
+def say_measures(run: RunDir, what: str = "measures the model as it is; then come the steps") -> None:
+    """Before figures that may take as long as many steps."""
     if not Progress.quiet:
-        say(f"{run.name}: measures the model as it is; then come the steps")
+        say(f"{run.name}: {what}")
 
 
 def trained_parameters(model: nn.Module) -> int:

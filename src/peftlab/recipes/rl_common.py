@@ -32,7 +32,7 @@ from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
 from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
-from .common import note_function, note_model, resume_point
+from .common import note_function, note_model, resume_point, say_measures
 from .several import of_first
 from .tasks import TASKS
 from .tasks.config import TaskConfig
@@ -125,6 +125,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
     checkpoint = resume_point(run)
     state = _read_state(checkpoint) if checkpoint else None
     if state is None:
+        say_measures(run, "scores answers of the model as it is; then come the steps")
         measured = of_first(lambda: _normalised(reward, sampler, train, decoding, config.seed).state())
         reward = reward.with_state(measured)
         with all_or_none():
