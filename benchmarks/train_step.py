@@ -3,8 +3,8 @@
 One JSON line a row: `ours_s` and `peer_s` are seconds per 10,000 tokens that are not padding, medians of alternating
 runs; `ours_gb` and `peer_gb` the most memory that was in use (on a GPU).
 The usual script cuts each review at a length, pads it (sft: to that length; classify: to the longest of its batch) and
-draws batches at random; the lab packs (sft) or batches by length (classify). `sft` has three peers: the script as it is
-mostly found, batches of 4 x 128, one of 64 x 128, and one with the tokens of our batch.
+draws batches at random; the lab packs (sft) or batches by length (classify). `sft` has two or three peers: the script
+as it is mostly found, batches of 4 x 128, one of 64 x 128, and one with the tokens of our batch where that is another.
 
     python benchmarks/train_step.py --device cpu|cuda [--steps 6] [--rounds 5] [--no-peer]
 """

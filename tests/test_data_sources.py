@@ -140,9 +140,17 @@ def test_what_the_hub_means_is_said_in_words():
     response = httpx.Response(404, request=httpx.Request("GET", "https://example.org"))
     lost = errors.LocalEntryNotFoundError("Got: ConnectError: [Errno -2] ...")
     lost.__cause__ = errors.OfflineModeIsEnabled("offline")
+    busy, full = errors.LocalEntryNotFoundError("Got: 429"), errors.LocalEntryNotFoundError("Got: OSError")
+    busy.__cause__ = errors.HfHubHTTPError("429", response=httpx.Response(429, request=response.request))
+    full.__cause__ = OSError(28, "No space left on device")
+    plain = ValueError("Unknown split 'dev'")
+    plain.__context__, plain.__suppress_context__ = ConnectionError("earlier"), True
     for error, words in (
         (lost, "HF_HUB_OFFLINE is set"),
         (errors.LocalEntryNotFoundError("Got: ConnectError"), "it cannot be reached"),
+        (busy, "it has had too many requests"),
+        (full, "no space is left on this disk"),
+        (plain, "Unknown split 'dev'"),
         (httpx.ConnectError("[Errno -2] Name or service not known"), "it cannot be reached"),
         (httpx.ReadTimeout("timed out"), "it did not answer in time"),
         (ConnectionError("nowhere"), "it cannot be reached"),

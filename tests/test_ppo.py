@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from peftlab.errors import LabError
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone, fingerprint
 from peftlab.models.roles import Roles
+from peftlab.recipes.ppo import PPOConfig
+from peftlab.recipes.rl_common import settings_of
 from peftlab.rl.control import AdaptiveKL, FixedKL
 from peftlab.rl.ppo import PPOSettings, PPOTrainer
 from peftlab.rl.rollout import FirstStep, PromptBatch, shaped_rewards
@@ -193,3 +196,18 @@ def test_adaptive_kl_clips_its_error():
     control = AdaptiveKL(coef=1.0, target=1.0, horizon=100)
     control.update(1e9, episodes=100)
     assert control.coef == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "limit"),
+    [
+        ({}, 1e-5),
+        ({"model": "runs/sft-tiny"}, 1e-4),
+        ({"temperature": 0.5}, 1e-4),
+        ({"prompt_tokens": (400, 440)}, 1e-4),
+        ({"prompt_tokens": (0, 0)}, 1e-4),
+    ],
+)
+def test_the_tight_limit_is_for_tiny_gpt2_at_temperature_1_on_short_prompts(keys, limit):
+    job = SimpleNamespace(roles=SimpleNamespace(device=torch.device("cpu"), precision="fp32"))
+    assert settings_of(PPOSettings, PPOConfig(**keys), job).ratio_limit == limit

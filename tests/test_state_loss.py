@@ -49,6 +49,17 @@ def test_it_is_the_loss_of_the_logits(tiny_causal, architecture, given):
     assert torch.equal(loss_and_gradients(policy, **given)[0], expected[0]), "afterwards it makes logits again"
 
 
+def test_dropout_does_not_hide_a_plain_head(tiny_causal):
+    model, _ = tiny_causal("gpt2")
+    policy = attach(model, Lora(r=3, alpha=6, dropout=0.5), "policy")
+    for parameter in adapter_parameters(policy, "policy").values():
+        nn.init.normal_(parameter, std=0.3)
+    policy.train()
+    with loss_from_states(policy):
+        assert policy(input_ids=IDS, labels=LABELS).logits.shape[-1] == policy.config.hidden_size
+    assert all(module.training for module in policy.modules())
+
+
 def test_a_batch_without_a_label_has_no_mean(tiny_causal):
     policy = learner(tiny_causal, "gpt2")
     with loss_from_states(policy):

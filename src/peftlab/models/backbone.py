@@ -171,14 +171,19 @@ def causal_states(model: nn.Module, input_ids: Tensor, mask: Tensor, keep: int) 
 def unembedding(model: Any) -> Tensor | None:
     """The weight (V, D) by which `model` makes logits of its final states, where that product is all it does to them.
 
-    None for a head with a bias, and for a model that scales or caps its logits: it is asked, by a pass of two tokens.
+    None for a head with a bias, and for a model that scales or caps its logits: it is asked, by a pass of two tokens
+    without dropout.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return None
     ids = torch.arange(2, device=head.weight.device).view(1, 2)
     inputs = _inputs(ids, torch.ones_like(ids, dtype=torch.bool))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     plain = torch.equal(model(**inputs).logits, head(trunk(model)(**inputs).last_hidden_state))
+    for module in training:
+        module.training = True
     return head.weight if plain else None
 
 

@@ -70,8 +70,8 @@ class QuickLora(Linear):
 
     def _plain(self, x: Tensor, own: list[str]) -> bool:
         """Whether what acts is one plain LoRA, or none and the base is not multiplied as peft would."""
-        dtype = self.dtype_of(x)
-        if len(own) > 1 or not own and self._parts(x) is None and dtype == x.dtype:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if len(own) > 1 or not own and self._parts(x) is None and not autocast:
             return False
         weights = [self.base_layer.weight]
         for name in own:
@@ -82,7 +82,7 @@ class QuickLora(Linear):
                 return False
             weights += [self.lora_A[name].weight, self.lora_B[name].weight]
         learns = any(parameter.requires_grad for parameter in self.base_layer.parameters())
-        fitting = CASTABLE if torch.is_autocast_enabled(x.device.type) else {x.dtype}
+        fitting = CASTABLE if autocast else {x.dtype}
         return not learns and all(tensor.dtype in fitting for tensor in (x, *weights))
 
     def dtype_of(self, x: Tensor) -> torch.dtype:

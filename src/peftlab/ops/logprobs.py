@@ -44,8 +44,8 @@ def state_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and `entropy` of the logits states head^T, (N,) and (N,), float32; those are never all there.
 
-    states (N, D); head (V, D), which gets no gradient; token_ids (N,); `quick`: the head in parts or
-    aligned, to make the logits by. The gradient in the states,
+    states (N, D); head (V, D), which gets no gradient; token_ids (N,); `quick`: the head in parts, or
+    with rows for a multiple of 8 words, to make the logits by. The gradient in the states,
 
         d log p(y) / d h = (W_y - sum_v p_v W_v) / temperature,
 

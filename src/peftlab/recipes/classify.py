@@ -57,7 +57,7 @@ class ClassifyConfig(TrainConfig):
     teacher: str = Field("", description="classifiers, joined by +; their mean probabilities are the targets")
     calibrate: float = Field(0.05, ge=0, lt=1, description="share of rows kept for the temperature, if 100 or more")
     labels: list[str] = Field(LABEL_NAMES, min_length=2)
-    compare: str = Field("", description="another classifier, to be measured on the same tokens of the same rows")
+    compare: str = Field("", description="another classifier, to be measured on as many tokens of the same rows")
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraVariants = LoraVariants()
 

@@ -44,7 +44,7 @@ CLASSIFY = Stage(
     "classify",
     (
         ("eval/accuracy", "accuracy on unseen reviews"),
-        ("compare/accuracy", "the same for bundled imdb-sentiment"),
+        ("compare/accuracy", "bundled imdb-sentiment on as few tokens"),
     ),
 )
 SFT = Stage("sft", "sft", (("eval/perplexity", "perplexity of unseen openings"),))

@@ -76,7 +76,7 @@ def slow_here(verb: str, source: str | None, config: Config, overrides: list[str
     given = {override.partition("=")[0].strip() for override in overrides}
     told, data = headlines(), getattr(config, "train_data", "")
     large = FOR_GPU in told.get(source or "", "")
-    whole = source is None and "train_limit" in fields and data == fields["train_data"].default
+    whole = source is None and "train_limit" in fields and data == fields["train_data"].default and ":" in data
     if not (large or whole) or given & limits.keys() or pick_device(getattr(config, "device", "auto")).type != "cpu":
         return ""
     names = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from ..models.classifier import TextClassifier
 from ..models.reward_model import RewardModel
 from ..models.stacks import kind_of
 from ..runs.atomic import write_rows
-from ..runs.progress import folded
 from ..sampling.sampler import Decoding
 from .tools import load_sampler
 
@@ -51,7 +49,7 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
         print(f"{len(answers)} rows: {output}")
     else:
         for answer in answers:
-            print(folded(json.dumps(answer), sys.stdout, 1))
+            print(json.dumps(answer))
 
 
 def _classify(adapter: str, rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ from .common import load_recorded, load_rows, newest_checkpoint, note_data, note
 from .reward_data import PairRoles, collate_answers, pair_length, pair_roles, pair_rows, pair_tokens
 from .several import of_first
 
-NORMALISE_ON = 256  # training pairs whose 512 answers set gain and bias: the mean to .04
+SCALE_ON = 256  # training pairs whose answers set gain and bias
 ERRORS_SHOWN = 10
 
 
@@ -116,7 +116,7 @@ def run(config: RewardConfig, run: RunDir) -> dict[str, Any]:
         for member, (store, checkpoint) in enumerate(zip(stores, checkpoints, strict=True)):
             _trainer(config, model, member, rows, store, run, member * steps).fit(checkpoint)
 
-        sampled = random.Random(config.seed).sample(pairs.train, min(NORMALISE_ON, len(pairs.train)))
+        sampled = random.Random(config.seed).sample(pairs.train, min(SCALE_ON, len(pairs.train)))
         model = _calibrated(_scaled(model, sampled, config), pairs.kept)
         after, strange = (ScoredPairs.of(model, part) for part in (pairs.held_out, pairs.ood))
         metrics = pair_metrics(after) | _ood_metrics(strange)

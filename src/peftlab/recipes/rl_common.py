@@ -40,6 +40,7 @@ from .tasks.task import WHOLE
 
 RECORDED_ROWS = 4
 NORMALISE_ON = 256
+SHORT = 16  # tokens of a prompt, up to which the float noise of tiny-gpt2 is known to be small
 Settings = TypeVar("Settings", bound=UpdateSettings)
 
 
@@ -221,8 +222,8 @@ def controller(config: PolicyConfig) -> FixedKL | AdaptiveKL:
 def settings_of(kind: type[Settings], config: PolicyConfig, job: Job) -> Settings:
     """The update's settings: every key that bears the name of one, and what follows from model and device."""
     shared = kind.__dataclass_fields__.keys() & type(config).model_fields.keys()
-    bare, openings = config.model == "tiny-gpt2", config.prompt_tokens != WHOLE
-    tiny_on_cpu = bare and openings and job.roles.device.type == "cpu"
+    usual = 0 < config.prompt_tokens[1] <= SHORT and config.temperature == 1.0
+    tiny_on_cpu = usual and config.model == "tiny-gpt2" and job.roles.device.type == "cpu"
     limit = first_ratio_limit(job.roles.precision, tiny_on_cpu=tiny_on_cpu)
     return kind(total_steps=config.steps, ratio_limit=limit, **{name: getattr(config, name) for name in shared})
 

@@ -6,7 +6,7 @@ Departures from Schulman et al. 2017 and Ziegler et al. 2019, all deliberate:
 - KL to the reference is a k1 penalty inside the reward, per token; none in the loss.
 - Losses are means over counted tokens of the minibatch; pads never enter a mean.
 - The epochs of a step end early once the policy has moved `epoch_kl_stop` nats a token from where it sampled.
-- The critic starts at the level of the first rollout's returns, whatever a reward's mean is.
+- The critic starts at the level of the first rollout's returns: with gamma 1, a reward's mean does not matter.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class PPOTrainer(PolicyTrainer[PPOSettings]):
         """
         mask = rollout.completion_mask
         _, returns = gae(rewards, rollout.values, mask, self.settings.gamma, lam=1.0)
+        require_finite(self.steps_done + 1, rollout, {"reward": rewards, "return": returns})
         missed = masked_mean(returns - rollout.values, mask)
         head.linear.bias.add_(missed)
         return replace(rollout, values=(rollout.values + missed) * mask)

@@ -50,7 +50,7 @@ class StateLoss:
         self, logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | None = None, **given: Any
     ) -> Tensor:
         """Of `logits`, which are states (B, T, D), and labels (B, T), t read from state t - 1: the mean over
-        those that count, or their sum by `num_items_in_batch`; NaN where none counts."""
+        those that count, or their sum divided by `num_items_in_batch`; NaN where none counts."""
         targets = labels[:, 1:]
         counted = targets != IGNORED
         logprobs, _ = state_logprobs(
