@@ -459,7 +459,6 @@ LONG = "It was a film of many words. " * 9
     "command",
     [
         "generate x",
-        "predict x --text film",
         "data preferences --policy x --prompts p --output o",
         "data gist --output o",
     ],
@@ -467,9 +466,6 @@ LONG = "It was a film of many words. " * 9
 def test_a_long_text_is_broken_at_words_on_a_terminal_and_stays_raw_in_a_pipe(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr("peftlab.recipes.tools.generate_texts", lambda *_: [{"prompt": "", "text": LONG}])
-    monkeypatch.setattr("peftlab.recipes.predict.kind_of", lambda _: "causal")
-    monkeypatch.setattr("peftlab.recipes.predict.resolve", lambda _: mock.Mock(kind="adapter"))
-    monkeypatch.setattr("peftlab.recipes.predict._continue", lambda *_: [{"id": 0, "text": LONG}])
     for build in ("build_preferences.build_preferences", "makers.build_data"):
         monkeypatch.setattr(f"peftlab.recipes.{build}", lambda *_: None)
     for card in ("preferences_card.card", "makers.card"):
@@ -482,6 +478,17 @@ def test_a_long_text_is_broken_at_words_on_a_terminal_and_stays_raw_in_a_pipe(co
         shown[type(out)] = out.getvalue()
     assert max(map(len, shown[Screen].splitlines())) <= 60 and LONG in shown[io.StringIO]
     assert shown[Screen].split() == shown[io.StringIO].split()
+
+
+def test_rows_of_predict_stay_whole_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("peftlab.recipes.predict.kind_of", lambda _: "causal")
+    monkeypatch.setattr("peftlab.recipes.predict.resolve", lambda _: mock.Mock(kind="adapter"))
+    monkeypatch.setattr("peftlab.recipes.predict._continue", lambda *_: [{"id": 0, "text": LONG}])
+    out, argv = Screen(), mock.patch.object(sys, "argv", ["peftlab", "predict", "x", "--text", "film"])
+    with contextlib.redirect_stdout(out), argv, pytest.raises(SystemExit):
+        cli.main()
+    assert json.loads(out.getvalue()) == {"id": 0, "text": LONG}
 
 
 def test_details_of_doctor_stand_below_their_column(monkeypatch):
