@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..ops.split import SplitRows, SplitWeight, in_tf32, splits_pay
+from ..ops.split import SplitRows, SplitWeight, in_tf32, product_dtype, splits_pay
 from .lean import recompute
 
 CASTABLE = {torch.float32, torch.bfloat16, torch.float16}  # what autocast rounds
@@ -85,14 +85,9 @@ class QuickLora(Linear):
         fitting = CASTABLE if autocast else {x.dtype}
         return not learns and all(tensor.dtype in fitting for tensor in (x, *weights))
 
-    def dtype_of(self, x: Tensor) -> torch.dtype:
-        """The dtype of the products of x."""
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-
     def _parts(self, x: Tensor) -> SplitWeight | None:
         """The base in parts, where x is to be multiplied so."""
-        return self.split if self.dtype_of(x) == torch.float32 else None
+        return self.split if product_dtype(x) == torch.float32 else None
 
     def base(self, x: Tensor) -> Tensor:
         """What the frozen layer makes of x (..., D), in the dtype of x."""
@@ -121,7 +116,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, layer: QuickLora, scale: float) -> Tensor:
-        states = x.to(layer.dtype_of(x))
+        states = x.to(product_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
             result = layer.base(states)
             low = layer.down(states, down.to(states.dtype))
@@ -152,7 +147,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuickLora) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        states = x.to(layer.dtype_of(x))
+        states = x.to(product_dtype(x))
         with torch.autocast(x.device.type, enabled=False):
             return layer.base(states)
 

@@ -22,6 +22,12 @@ NEVER = -1e30  # a logit: finite, so that its product with a probability of 0 is
 ONES = 8  # columns of a bias: cuBLAS asks for rows of a multiple of 16 bytes
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of x are made: autocast's where that is on, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def splits_pay(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 several times as fast as float32."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

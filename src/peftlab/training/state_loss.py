@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.tokenize import IGNORED
 from ..models.backbone import unembedding
 from ..ops.logprobs import state_logprobs
-from ..ops.split import AlignedHead
+from ..ops.split import AlignedHead, product_dtype
 
 
 @contextmanager
@@ -54,17 +54,16 @@ class StateLoss:
         targets = labels[:, 1:]
         counted = targets != IGNORED
         logprobs, _ = state_logprobs(
-            logits[:, :-1][counted], self.weight, targets[counted], quick=self._quick(logits.device)
+            logits[:, :-1][counted], self.weight, targets[counted], quick=self._quick(logits)
         )
         items = len(logprobs) if num_items_in_batch is None else num_items_in_batch
         return -logprobs.sum() / items
 
-    def _quick(self, device: torch.device) -> AlignedHead | None:
-        """On a GPU, the head in the dtype of the products under way."""
-        if device.type != "cuda":
+    def _quick(self, states: Tensor) -> AlignedHead | None:
+        """On a GPU, the head in the dtype of the products of the states."""
+        if states.device.type != "cuda":
             return None
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight.dtype
+        dtype = product_dtype(states)
         if dtype not in self._aligned:
             self._aligned[dtype] = AlignedHead(self.weight, dtype)
         return self._aligned[dtype]
