@@ -42,7 +42,7 @@ from peftlab.models.quick_layers import quicken_layers
 from peftlab.recipes import classify, sft
 from peftlab.runs.checkpoint import CheckpointStore
 from peftlab.training.arguments import training_arguments
-from peftlab.training.state_loss import loss_from_states
+from peftlab.training.quick_passes import quick_passes
 from peftlab.training.trainer import LabTrainer
 
 UNIT = 10_000
@@ -93,7 +93,7 @@ def ours(model: Any, config: Any, rows: Sequence[Any], collate: Callable[[Any], 
         )
         trainer.stopper.progress.show = lambda *_: None  # type: ignore[method-assign]
         trainer.add_callback(clock)
-        with nullcontext() if loss else loss_from_states(model):
+        with nullcontext() if loss else quick_passes(model):
             trainer.fit(None)
     return clock
 

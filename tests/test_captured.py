@@ -14,11 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from peftlab.models import captured
-from peftlab.models.adapters import Lora
-from peftlab.models.backbone import Backbone
+from peftlab.models.adapters import Lora, adapter_parameters, attach
+from peftlab.models.backbone import Backbone, trunk
 from peftlab.models.captured import CapturedStates, Pass, bucket, capturable
 from peftlab.models.roles import Roles
+from peftlab.recipes.common import require_gradients
 from peftlab.sampling.attention import few_queries
+from peftlab.training.quick_passes import replayed_passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(3, 9, 4), (8, 16, 8), (5, 20, 11), (3, 9, 4)]  # rows, tokens, tokens of the completion
@@ -111,7 +113,7 @@ def test_captured_passes_say_and_learn_what_plain_ones_do(tiny_causal, graphs, k
     plain = [read(roles, *given, keep) for given, keep in batches]
     for parameter in (roles.policy_parameters() | roles.critic_parameters()).values():
         parameter.grad = None
-    roles.captured = CapturedStates(roles.model)
+    roles.captured = CapturedStates(trunk(roles.model), roles.device)
     replayed = [read(roles, *given, keep) for given, keep in batches]
     assert len(roles.captured.passes) == (6 if critic == "adapter" else 4)
     assert all(one.graphs for one in roles.captured.passes.values())
@@ -121,7 +123,7 @@ def test_captured_passes_say_and_learn_what_plain_ones_do(tiny_causal, graphs, k
 
 def test_a_pass_has_one_backward_before_the_next_of_its_role(tiny_causal, graphs):
     roles = roles_of(tiny_causal, "gpt2", "none")
-    roles.captured = CapturedStates(roles.model)
+    roles.captured = CapturedStates(trunk(roles.model), roles.device)
     given = batch(3, 9, 0)
     roles.policy_tokens(*given, 4)[0].sum().backward()
     first = roles.policy_tokens(*given, 4)[0].sum()
@@ -136,7 +138,7 @@ def test_a_pass_has_one_backward_before_the_next_of_its_role(tiny_causal, graphs
 def test_what_a_replay_gives_holds_no_node_of_what_learns(tiny_causal, graphs):
     """Such a node belongs to the replay's stream, and until it ends no other kind can be captured on theirs."""
     roles = roles_of(tiny_causal, "llama", "none")
-    roles.captured = CapturedStates(roles.model)
+    roles.captured = CapturedStates(trunk(roles.model), roles.device)
     given = batch(3, 9, 0)
     for _ in range(2):
         roles.policy_tokens(*given, 4)[0].sum().backward()
@@ -148,10 +150,54 @@ def test_what_a_replay_gives_holds_no_node_of_what_learns(tiny_causal, graphs):
     assert held and not {id(leaf) for leaf in held} & {id(p) for p in roles.policy_parameters().values()}
 
 
+def trained(policy, batches) -> list[torch.Tensor]:
+    """Losses of batches of (ids, positions), and the gradients that they leave together."""
+    losses = []
+    for ids, positions in batches:
+        loss = policy(input_ids=ids, position_ids=positions, labels=ids, num_items_in_batch=torch.tensor(9)).loss
+        loss.backward()
+        losses.append(loss.detach())
+    return [*losses, *(p.grad for p in policy.parameters() if p.requires_grad)]
+
+
+DOCUMENTS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3, 4, 0]])  # positions, two and three documents
+PACKED = [(torch.randint(3, 40, (2, n), generator=torch.Generator().manual_seed(n)), n) for n in (8, 8, 5, 7, 8)]
+
+
+def learner(causal, kind: str, dropout: float) -> nn.Module:
+    model, _ = causal(kind)
+    model.config.use_cache = False
+    policy = attach(model, Lora(r=3, alpha=6), "policy").train()
+    torch.manual_seed(0)
+    require_gradients(adapter_parameters(policy, "policy"))
+    for parameter in adapter_parameters(policy, "policy").values():
+        nn.init.normal_(parameter, std=0.3)
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    return policy
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_packed_rows_are_learned_from_by_replays_as_without(tiny_causal, graphs, kind):
+    policy = learner(tiny_causal, kind, 0.0)
+    batches = [(ids, DOCUMENTS[:, :n]) for ids, n in PACKED]
+    expected = [tensor.clone() for tensor in trained(policy, batches)]
+    policy.zero_grad()
+    with replayed_passes(policy) as captured:
+        found = trained(policy, batches)
+    assert [len(one.graphs) for one in captured.passes.values()] == [2]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm() + 1e-5
+    masked = {"input_ids": batches[0][0], "attention_mask": torch.ones_like(batches[0][0])}
+    with replayed_passes(policy), torch.no_grad():
+        torch.testing.assert_close(policy(**masked).logits, policy.eval()(**masked).logits)
+
+
 def test_kinds_beyond_their_number_are_forgotten(tiny_causal, graphs, monkeypatch):
     monkeypatch.setattr(captured, "KINDS", 3)
     roles = roles_of(tiny_causal, "gpt2", "none")
-    roles.captured = CapturedStates(roles.model)
+    roles.captured = CapturedStates(trunk(roles.model), roles.device)
     for rows in (8, 16, 24, 32):
         roles.reference_logprobs(*batch(rows, 9, 0), 4)
     assert [kind[2] for kind in roles.captured.passes] == [32]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import test_captured
 import torch
-from test_captured import SHAPES, read
+from test_captured import DOCUMENTS, PACKED, SHAPES, learner, read, trained
 from torch import nn
 
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone
 from peftlab.models.captured import KINDS
 from peftlab.models.roles import Roles
+from peftlab.training.quick_passes import quick_passes, replayed_passes
+from peftlab.training.state_loss import loss_from_states
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -99,3 +101,29 @@ def test_kinds_are_forgotten_beyond_their_number(tiny_causal):
         for _ in range(2):
             roles.reference_logprobs(ids, mask, 4)
     assert roles.captured is not None and len(roles.captured.passes) == 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_packed_rows_are_learned_from_by_replays_as_without(tiny_causal, kind):
+    policy = learner(tiny_causal, kind, 0.0).to("cuda")
+    batches = [(ids.cuda(), DOCUMENTS[:, :n].cuda()) for ids, n in PACKED]
+    with torch.autocast("cuda", torch.bfloat16), loss_from_states(policy):
+        expected = [tensor.clone() for tensor in trained(policy, batches)]
+    policy.zero_grad()
+    with loss_from_states(policy), replayed_passes(policy) as captured:
+        found = []
+        for batch in batches:  # as Trainer does: a region of autocast each
+            with torch.autocast("cuda", torch.bfloat16):
+                found += trained(policy, [batch])[:1]
+        found += [p.grad for p in policy.parameters() if p.requires_grad]
+    assert [len(one.graphs) for one in captured.passes.values()] == [2]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 0.03 * other.norm() + 1e-3
+
+
+def test_each_replay_drops_out_anew(tiny_causal):
+    policy = learner(tiny_causal, "gpt2", 0.5).to("cuda")
+    batches = [(PACKED[0][0].cuda(), DOCUMENTS.cuda())] * 6
+    with quick_passes(policy):
+        losses = torch.stack(trained(policy, batches)[:6])
+    assert len(losses.unique()) == 6

@@ -1,9 +1,11 @@
-"""Final states of a policy's passes by CUDA graphs, with gradients.
+"""Final states of a causal model's passes by CUDA graphs, with the gradients of its adapters.
 
 Of a pass of some thousand tokens a GPU runs each kernel sooner than Python launches the next. So a pass is recorded
 once a kind, forward and backward, and then replayed. A kind is a role, whether it learns, and a size; sizes are rounded
 up, by rows and leading columns that no other token sees. The first pass of a kind runs kernel by kernel, on the stream
 of captures, and sets up what libraries keep; the second is captured.
+
+A row may hold several documents: a token sees those before it of its own, and itself.
 
 Shapes: B rows of T tokens, in a kind of R >= B rows and S >= T tokens; D width of a state.
 """
@@ -19,7 +21,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops.masks import position_ids
-from .backbone import trunk
 from .lean import ATTENTION
 
 # Kinds that are remembered; beyond them all are forgotten.
@@ -43,19 +44,37 @@ def bucket(rows: int, tokens: int) -> tuple[int, int]:
     return -(-rows // 8) * 8, -(-tokens // step) * step
 
 
-class CapturedStates:
-    """`causal_states` of a PeftModel, by graphs. Its parameters must stay where they lie."""
+def padded(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions and documents, each (B, T), of rows of one document, where mask (B, T); each pad is its own."""
+    own = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return position_ids(mask), torch.where(mask, 0, own)
 
-    def __init__(self, model: Any) -> None:
-        self.body = trunk(model)
-        self.stream = torch.cuda.Stream(model.device)
+
+def packed(positions: Tensor) -> Tensor:
+    """Documents (B, T) of rows in which each begins at position 0."""
+    return (positions == 0).cumsum(-1)
+
+
+class CapturedStates:
+    """What the trunk of a causal model gives, by graphs; `body` is its forward. Parameters must stay where they lie."""
+
+    def __init__(self, body: Callable[..., Any], device: torch.device) -> None:
+        self.body = body
+        self.stream = torch.cuda.Stream(device)
         self.passes: dict[Kind, Pass] = {}
         self.turns: dict[tuple[str | None, bool], Turn] = {}
 
     def __call__(
-        self, ids: Tensor, mask: Tensor, role: str | None, acting: Acting, learned: Sequence[nn.Parameter] = ()
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        documents: Tensor,
+        role: str | None,
+        acting: Acting,
+        learned: Sequence[nn.Parameter] = (),
     ) -> Tensor:
-        """States (B, T, D) of ids, mask (B, T), with the adapter `role`; `acting` is the context in which it acts.
+        """States (B, T, D) of ids, positions and documents, each (B, T), with the adapter `role`; `acting` is the
+        context in which it acts.
 
         `learned`: that adapter's parameters, which get gradients where they are taken. One pass of a role at a time:
         its states, and what their gradient is made of, are there until the next begins.
@@ -74,7 +93,7 @@ class CapturedStates:
             self.passes[kind] = Pass(self.body, rows, tokens, self.stream, self.turns[share])
         one = self.passes[kind]
         with torch.cuda.device(self.stream.device):
-            one.take(ids, mask)
+            one.take(ids, positions, documents)
             return one.states(acting)[: len(ids), tokens - ids.shape[1] :]
 
 
@@ -94,27 +113,27 @@ class Turn:
 class Pass:
     """One kind of pass: what it reads and makes, at addresses that stay, and the graphs between."""
 
-    def __init__(self, body: nn.Module, rows: int, tokens: int, stream: Any, turn: Turn) -> None:
+    def __init__(self, body: Callable[..., Any], rows: int, tokens: int, stream: Any, turn: Turn) -> None:
         device = stream.device
         self.body, self.stream, self.turn = body, stream, turn
         self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.ids)
         self.seen = torch.zeros(rows, 1, tokens, tokens, dtype=torch.bool, device=device)
-        self.itself = torch.eye(tokens, dtype=torch.bool, device=device)
-        self.before = torch.ones_like(self.itself).tril()
+        self.before = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+        self.alone = torch.arange(-tokens, 0, device=device).repeat(rows, 1)
         self.begun = False
         self.graphs: list[torch.cuda.CUDAGraph] = []  # forward, and backward where it learns
         self.made = self.slopes = torch.empty(0)
 
-    def take(self, ids: Tensor, mask: Tensor) -> None:
-        """Put rows into place. Whoever is padding sees itself, so that no row of attention is empty."""
-        rows, tokens = self.ids.shape
-        real = torch.zeros(rows, tokens, dtype=torch.bool, device=mask.device)
-        real[: len(mask), tokens - mask.shape[1] :] = mask
-        self.ids.zero_()
-        self.ids[: len(ids), tokens - ids.shape[1] :] = ids
-        self.positions.copy_(position_ids(real))
-        self.seen.copy_((real[:, None, None] & self.before) | self.itself)
+    def take(self, ids: Tensor, positions: Tensor, documents: Tensor) -> None:
+        """Put rows into place. Places around them are documents of their own: no row of attention is empty."""
+        rows, first = len(ids), self.ids.shape[1] - ids.shape[1]
+        of = self.alone.clone()
+        of[:rows, first:] = documents
+        for place, values in ((self.ids, ids), (self.positions, positions)):
+            place.zero_()
+            place[:rows, first:] = values
+        self.seen.copy_((of[:, None, :, None] == of[:, None, None]) & self.before)
 
     def states(self, acting: Acting) -> Tensor:
         """Final states (R, S, D) of what was taken."""

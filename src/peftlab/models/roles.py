@@ -26,9 +26,10 @@ from .backbone import (
     causal_logits_and_states,
     causal_states,
     parameter_bytes,
+    trunk,
     unembedding,
 )
-from .captured import CapturedStates, capturable
+from .captured import CapturedStates, capturable, padded
 from .heads import ScalarHead
 from .lean import attend_in_full, keep_less
 from .quick_lora import split_products
@@ -94,7 +95,7 @@ class Roles:
         if known:
             keep_less(base)
             if self.device.type == "cuda":
-                self.captured = CapturedStates(self.model)
+                self.captured = CapturedStates(trunk(self.model), self.device)
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +180,7 @@ class Roles:
         if self.captured is None:
             with acting():
                 return causal_states(self.model, ids, mask, keep)
-        return self.captured(ids, mask, role, acting, self._learned.get(role, ()))[:, -keep - 1 : -1]
+        return self.captured(ids, *padded(mask), role, acting, self._learned.get(role, ()))[:, -keep - 1 : -1]
 
     def _read(
         self, ids: Tensor, mask: Tensor, counted: Tensor, temperature: float, role: str | None

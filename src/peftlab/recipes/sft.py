@@ -18,8 +18,8 @@ from ..models.stacks import Stack, stack_over
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Sampler
 from ..training.arguments import TrainConfig, total_steps, training_arguments
+from ..training.quick_passes import quick_passes
 from ..training.sampler import row_length
-from ..training.state_loss import loss_from_states
 from ..training.trainer import LabTrainer
 from .common import (
     fitting_rows,
@@ -100,7 +100,7 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
             run.log,
             lambda: run.stop_requested,
         )
-        with loss_from_states(model):
+        with quick_passes(model):
             trainer.fit(checkpoint)
         after, intervals, said_after = measure()
         run.log(after, trainer.state.global_step)
