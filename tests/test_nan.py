@@ -113,7 +113,7 @@ def test_a_supervised_run_stops(shop, tmp_path, monkeypatch, verb, site, value):
     compute, updated = LabTrainer.compute_loss, LabCallback.on_optimizer_step
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        fault.at(self.state.global_step + 1, self._learned())
+        fault.at(self.state.global_step + 1, self.learned)
         loss = compute(self, model, inputs, *args, **kwargs)
         if fault.active:
             row = self.data_collator([self.train_dataset[row] for row in self._rows_of_step()])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class LabTrainer(Trainer):
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if ranks.size() > 1 and not self.accelerator.sync_gradients:
             return loss  # looked at once the processes have one gradient, and with it all or none of them stop
-        gradients = {n: p.grad for n, p in self._learned().items() if p.grad is not None}
+        gradients = {n: p.grad for n, p in self.learned.items() if p.grad is not None}
         if sites := not_finite({"train/loss": loss, **gradients}):
             bad = loss if sites[0] == "train/loss" else gradients[sites[0]]
             index, value = first_not_finite(bad) or ([], math.nan)
@@ -156,7 +157,7 @@ class LabTrainer(Trainer):
 
     def _check_updated(self) -> None:
         """Adam may overflow on gradients that are finite; what it made of the weights is then never saved."""
-        if names := not_finite(self._learned()):
+        if names := not_finite(self.learned):
             raise LabError(f"step {self.state.global_step + 1}: its update made {names[0]} NaN or infinite; lower lr")
 
     def _rows_of_step(self) -> list[int]:
@@ -172,19 +173,19 @@ class LabTrainer(Trainer):
             return
         folder = Path(output_dir or self.staging)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: p.detach().cpu().contiguous() for n, p in self._learned().items()}, folder / WEIGHTS)
+        save_file({n: p.detach().cpu().contiguous() for n, p in self.learned.items()}, folder / WEIGHTS)
 
-    def _learned(self) -> dict[str, torch.Tensor]:
+    @cached_property  # each step asks, and to find them takes a walk over all modules
+    def learned(self) -> dict[str, torch.Tensor]:
         model: Any = self.model
         return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        learned = self._learned()
-        if saved.keys() != learned.keys():
+        if saved.keys() != self.learned.keys():
             raise LabError(f"{resume_from_checkpoint}: holds other parameters than this model trains")
         with torch.no_grad():
-            for name, parameter in learned.items():
+            for name, parameter in self.learned.items():
                 parameter.copy_(saved[name])
 
 
