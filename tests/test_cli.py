@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -78,7 +79,9 @@ def loaded(line: str) -> list[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.splitlines()
 
 
-@pytest.mark.parametrize("line", ["--help", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"])
+@pytest.mark.parametrize(
+    "line", ["--help", "--version", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"]
+)
 def test_what_needs_no_model_loads_no_library(line, place):
     tiny.write_rows(place / "rows.jsonl", tiny.reviews(4))
     assert loaded(line) == ["0"]
@@ -109,6 +112,11 @@ def test_the_keys_read_off_the_source_are_those_of_the_config(verb):
     others = [f"{key}=1" for key in known if key != "recipe"]
     for pair in (*others, *tables):  # a value of the wrong kind is for the class to refuse
         refuse_unknown(declared_keys(verb), verb, None, [pair])
+
+
+def test_the_version_is_the_packages():
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert told("--version") == f"peftlab {facts['project']['version']}\n"
 
 
 def test_data_check_names_each_bad_row_by_line_and_counts(place):
