@@ -97,6 +97,12 @@ def test_what_needs_no_model_loads_no_library(line, place):
         ("ppo lora.rank=3 --dry-run", "the command line: unknown key lora.rank; did you mean lora.r?"),
         ("dpo zzz.x=1 qqq=2", "unknown key zzz; known keys: recipe, task, model"),
         ("dpo zzz.x=1 qqq=2", "; unknown key qqq"),
+        ("ppo ppo-tiny --steps 3", "no option --steps; a key of the config is given without dashes: steps=3"),
+        ("sft sft-tiny --steps 3", "no option --steps; a key of the config is given without dashes: max_steps=3"),
+        ("sft --train-limit=3 --dry-run", "is given without dashes: train_limit=3"),
+        ("sft sft-tiny --run a --lora.r lr=1", "is given without dashes: lora.r=VALUE"),
+        ("sft sft-tiny --resum", "no option --resum; did you mean --resume?"),
+        ("sft sft-tiny -x", "no option -x; `peftlab sft --help` lists the options"),
     ],
 )
 def test_a_typo_is_told_before_any_library_loads(line, message):
