@@ -360,6 +360,27 @@ def test_a_run_that_is_still_to_be_made_names_its_command(name, tmp_path, monkey
     assert outcome.code == 2 and " first; " not in outcome.err and "did you mean runs/sft-tiny?" in outcome.err
 
 
+def test_a_run_without_an_adapter_yet_tells_the_command_that_goes_on(shop, tmp_path, monkeypatch):
+    """As it is told it goes on, to an adapter that the same verb then uses."""
+    monkeypatch.chdir(tmp_path)
+    stop(monkeypatch, "sft", pairs(shop, "sft"), Path("runs"), "short")
+    asked = "generate {run} --prompt film --max-new-tokens 2"
+    for run in ("short", "runs/short"):
+        outcome = peftlab(asked, run=run)
+        assert outcome.code == 2 and "this run was stopped before its end, `" in outcome.err, outcome.err
+    command = outcome.err.split("`")[1]
+    Path("runs/short/summary.json").rename("summary.json")
+    assert f"has not ended; unless it goes on now, `{command}` continues it" in peftlab(asked, run="short").err
+    Path("summary.json").rename("runs/short/summary.json")
+    assert command == "peftlab sft runs/short/config.toml --run short --resume"
+    assert peftlab(command.removeprefix("peftlab ")).code == 0
+    assert peftlab(asked, run="short").code == 0
+    broken = RunDir.create(Path("runs"), "broken", "sft", 'recipe = "sft"\n')
+    with pytest.raises(LabError), broken.session():
+        raise LabError("nan")
+    assert "it is a run that left none: `peftlab runs list` says why" in peftlab(asked, run="broken").err
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [
