@@ -309,6 +309,8 @@ VERBS = (
     "generate {}", "predict {} --text film", "eval {} --data rows.jsonl", "export {} --as adapter --output out",
     "doctor {}", "chat {}", "serve {} --port 0", "data preview rows.jsonl --for sft --model {}",
     "data preferences --policy {} --prompts rows.jsonl --weight length=1 --output pairs",
+    "data preferences --policy tiny-gpt2 --prompts rows.jsonl --scorer {} --output pairs",
+    "data gist --model {} --output out", "data explanations --classifier {} --output out",
 )  # fmt: skip
 
 
@@ -321,7 +323,7 @@ def test_a_run_goes_by_its_name_in_every_verb(verb, tmp_path, monkeypatch):
         looked_up.append(name)
         raise UserError("seen")
 
-    for module in ("adapter_files", "stacks", "mix", "export"):
+    for module in ("adapter_files", "classifier", "stacks", "mix", "export"):
         monkeypatch.setattr(f"peftlab.models.{module}.resolve", seen)
     for module in ("chat.voices", "recipes.predict", "recipes.preview"):
         monkeypatch.setattr(f"peftlab.{module}.resolve", seen)
@@ -332,7 +334,8 @@ def test_a_run_goes_by_its_name_in_every_verb(verb, tmp_path, monkeypatch):
         (folder / "adapter").mkdir(parents=True)
         (folder / "config.toml").write_text('recipe = "sft"\n')
     for given, taken in (("mine", "runs/mine"), ("sft-tiny", "runs/sft-tiny"), ("tiny-gpt2", "tiny-gpt2"),
-                         ("./runs/mine", "./runs/mine"), ("OWNER/NAME", "OWNER/NAME")):  # fmt: skip
+                         ("./runs/mine", "./runs/mine"), ("./mine", "./mine"),
+                         ("OWNER/NAME", "OWNER/NAME")):  # fmt: skip
         looked_up.clear()
         outcome = peftlab(verb.format(given))
         assert (outcome.code, looked_up[:1]) == (2, [taken]), outcome.err

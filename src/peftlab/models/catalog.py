@@ -73,9 +73,10 @@ CONVERTED = {
 def named(name: str, root: Path = RUNS) -> str:
     """What a verb was given, as `resolve` takes it: a name of the lab's, else the run of this name, else itself.
 
+    ./NAME is a folder, never the run of this name.
     Only what a person types is looked up so: a base that an adapter or a config names is never a run called alike.
     """
-    if name in known_names() or not (name and _is_run(root / name)):
+    if name in known_names() or name.startswith(("./", "../")) or not (name and _is_run(root / name)):
         return name
     return str(root / name)
 
