@@ -237,6 +237,17 @@ def test_ppo_tells_its_own_reward_before_and_after(shop, tmp_path):
     assert steered["metrics"]["eval/reward"] != steered["baseline"]["eval/reward"], "a classifier's is of the samples"
 
 
+def test_progress_calls_its_kl_an_estimate_and_gives_0_no_sign(shop, tmp_path, monkeypatch, capsys):
+    """The mean over sampled tokens is below 0 by chance, which no KL is."""
+    monkeypatch.setattr("peftlab.rl.rollout.k1", lambda logp, logq: logp - logq - 1e-5)
+    launch("ppo", None, pairs(shop, "ppo", "steps=1"), tmp_path, "small")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  step 1/1 ")]
+    assert re.fullmatch(r"  step 1/1  reward -?\d+\.\d\d  KL estimate 0\.00", line)
+    monkeypatch.setattr("peftlab.rl.rollout.k1", lambda logp, logq: logp - logq - 1.0)
+    launch("ppo", None, pairs(shop, "ppo", "steps=1"), tmp_path, "large")
+    assert re.search(r"  KL estimate -\d\.\d\d\n", capsys.readouterr().err)
+
+
 def test_a_reward_that_cannot_read_the_evaluation_prompts_fails_before_training(shop, tmp_path):
     labelled = tiny.write_rows(tmp_path / "p.jsonl", [{"prompt": "the film was", "label": n % 2} for n in range(8)])
     given = pairs(shop, "ppo", "reward=my_gold:gold", f"train_data={labelled}")

@@ -155,7 +155,8 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
         run.log(stats, step)
         seconds.append(stats["time/step_s"])
         flat = flat or _warned_of_flat(run, rollout, step)
-        progress.show(step, f"reward {stats['reward/mean']:.2f}  KL {stats['kl/reference']:.2f}")
+        # k1, which the controller and kl_stop see too; below 0 by chance. z: what rounds to 0 has no sign.
+        progress.show(step, f"reward {stats['reward/mean']:.2f}  KL estimate {stats['kl/reference']:z.2f}")
         if config.kl_stop and stats["kl/reference"] > config.kl_stop:
             reason = f"kl/reference {stats['kl/reference']:.2f} passed kl_stop {config.kl_stop} at step {step}"
         if rollout.exact_kl is not None or reason or step == config.steps:  # looked at closely, or the last one
