@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -78,7 +79,9 @@ def loaded(line: str) -> list[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.splitlines()
 
 
-@pytest.mark.parametrize("line", ["--help", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"])
+@pytest.mark.parametrize(
+    "line", ["--help", "--version", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"]
+)
 def test_what_needs_no_model_loads_no_library(line, place):
     tiny.write_rows(place / "rows.jsonl", tiny.reviews(4))
     assert loaded(line) == ["0"]
@@ -94,6 +97,12 @@ def test_what_needs_no_model_loads_no_library(line, place):
         ("ppo lora.rank=3 --dry-run", "the command line: unknown key lora.rank; did you mean lora.r?"),
         ("dpo zzz.x=1 qqq=2", "unknown key zzz; known keys: recipe, task, model"),
         ("dpo zzz.x=1 qqq=2", "; unknown key qqq"),
+        ("ppo ppo-tiny --steps 3", "no option --steps; a key of the config is given without dashes: steps=3"),
+        ("sft sft-tiny --steps 3", "no option --steps; a key of the config is given without dashes: max_steps=3"),
+        ("sft --train-limit=3 --dry-run", "is given without dashes: train_limit=3"),
+        ("sft sft-tiny --run a --lora.r lr=1", "is given without dashes: lora.r=VALUE"),
+        ("sft sft-tiny --resum", "no option --resum; did you mean --resume?"),
+        ("sft sft-tiny -x", "no option -x; `peftlab sft --help` lists the options"),
     ],
 )
 def test_a_typo_is_told_before_any_library_loads(line, message):
@@ -109,6 +118,11 @@ def test_the_keys_read_off_the_source_are_those_of_the_config(verb):
     others = [f"{key}=1" for key in known if key != "recipe"]
     for pair in (*others, *tables):  # a value of the wrong kind is for the class to refuse
         refuse_unknown(declared_keys(verb), verb, None, [pair])
+
+
+def test_the_version_is_the_packages():
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert told("--version") == f"peftlab {facts['project']['version']}\n"
 
 
 def test_data_check_names_each_bad_row_by_line_and_counts(place):
@@ -290,6 +304,16 @@ def test_generate_says_the_same_under_the_same_seed(shop):
     assert json.loads(told(line.replace("-n 3", "-n 1") + "6", **shop))[0]["text"] == rows[1]["text"]
     assert told(line.replace("--json", "") + "5", **shop).startswith("the film")
     assert json.loads(told("generate {gpt2} --max-new-tokens 4 --json", **shop))[0]["prompt"] == "", "an empty prompt"
+
+
+def test_generate_without_a_prompt_says_what_it_does_and_how_to_give_one(shop):
+    line = "generate {gpt2} --max-new-tokens 4 --json"
+    bare, empty, given = (peftlab(f"{line}{more}", **shop) for more in ("", " --prompt ''", " --prompt film"))
+    assert (bare.code, bare.out) == (0, empty.out) and empty.err == given.err == ""
+    assert bare.err.startswith("generate: no --prompt, ") and "--prompt TEXT" in bare.err and bare.err.count("\n") == 1
+    misplaced = peftlab("generate missing the 'quiet film' -n 2")
+    assert misplaced.code == 2 and misplaced.err.endswith("goes behind --prompt, as in --prompt 'the quiet film'\n")
+    assert "No such option: --no-such" in peftlab("generate missing --no-such").err
 
 
 def test_eval_measures_a_text_model_and_a_classifier(place, shop):

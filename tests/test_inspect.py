@@ -54,6 +54,13 @@ def test_the_terminal_shows_every_number_of_the_file(here):
     assert "no alarm: Judge, Reward parts, Length, Entropy, Repetition, KL" in " ".join(done.out.split())
 
 
+def test_a_run_too_short_for_a_check_says_why(here):
+    fake_runs.ppo_run(here / "runs", "short", steps=2)
+    told = " ".join(peftlab("inspect short").out.split())
+    assert "short: step 2 (recorded: 1, 2)" in told
+    assert re.search(r"not checked, measured in only 2 steps of the 3 that it takes: (\w+, )*KL\b", told)
+
+
 def test_the_defaults_are_the_last_step_and_its_first_prompt(here):
     assert peftlab("inspect ppo").out == peftlab("inspect ppo --step 40 --prompt 0 --by advantage").out
     assert peftlab("inspect ppo --prompt imdb/9000").out == peftlab("inspect ppo --prompt 0 --step 40").out

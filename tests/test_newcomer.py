@@ -237,6 +237,17 @@ def test_ppo_tells_its_own_reward_before_and_after(shop, tmp_path):
     assert steered["metrics"]["eval/reward"] != steered["baseline"]["eval/reward"], "a classifier's is of the samples"
 
 
+def test_progress_calls_its_kl_an_estimate_and_gives_0_no_sign(shop, tmp_path, monkeypatch, capsys):
+    """The mean over sampled tokens is below 0 by chance, which no KL is."""
+    monkeypatch.setattr("peftlab.rl.rollout.k1", lambda logp, logq: logp - logq - 1e-5)
+    launch("ppo", None, pairs(shop, "ppo", "steps=1"), tmp_path, "small")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  step 1/1 ")]
+    assert re.fullmatch(r"  step 1/1  reward -?\d+\.\d\d  KL estimate 0\.00", line)
+    monkeypatch.setattr("peftlab.rl.rollout.k1", lambda logp, logq: logp - logq - 1.0)
+    launch("ppo", None, pairs(shop, "ppo", "steps=1"), tmp_path, "large")
+    assert re.search(r"  KL estimate -\d\.\d\d\n", capsys.readouterr().err)
+
+
 def test_a_reward_that_cannot_read_the_evaluation_prompts_fails_before_training(shop, tmp_path):
     labelled = tiny.write_rows(tmp_path / "p.jsonl", [{"prompt": "the film was", "label": n % 2} for n in range(8)])
     given = pairs(shop, "ppo", "reward=my_gold:gold", f"train_data={labelled}")
@@ -309,6 +320,8 @@ VERBS = (
     "generate {}", "predict {} --text film", "eval {} --data rows.jsonl", "export {} --as adapter --output out",
     "doctor {}", "chat {}", "serve {} --port 0", "data preview rows.jsonl --for sft --model {}",
     "data preferences --policy {} --prompts rows.jsonl --weight length=1 --output pairs",
+    "data preferences --policy tiny-gpt2 --prompts rows.jsonl --scorer {} --output pairs",
+    "data gist --model {} --output out", "data explanations --classifier {} --output out",
 )  # fmt: skip
 
 
@@ -321,7 +334,7 @@ def test_a_run_goes_by_its_name_in_every_verb(verb, tmp_path, monkeypatch):
         looked_up.append(name)
         raise UserError("seen")
 
-    for module in ("adapter_files", "stacks", "mix", "export"):
+    for module in ("adapter_files", "classifier", "stacks", "mix", "export"):
         monkeypatch.setattr(f"peftlab.models.{module}.resolve", seen)
     for module in ("chat.voices", "recipes.predict", "recipes.preview"):
         monkeypatch.setattr(f"peftlab.{module}.resolve", seen)
@@ -332,7 +345,8 @@ def test_a_run_goes_by_its_name_in_every_verb(verb, tmp_path, monkeypatch):
         (folder / "adapter").mkdir(parents=True)
         (folder / "config.toml").write_text('recipe = "sft"\n')
     for given, taken in (("mine", "runs/mine"), ("sft-tiny", "runs/sft-tiny"), ("tiny-gpt2", "tiny-gpt2"),
-                         ("./runs/mine", "./runs/mine"), ("OWNER/NAME", "OWNER/NAME")):  # fmt: skip
+                         ("./runs/mine", "./runs/mine"), ("./mine", "./mine"),
+                         ("OWNER/NAME", "OWNER/NAME")):  # fmt: skip
         looked_up.clear()
         outcome = peftlab(verb.format(given))
         assert (outcome.code, looked_up[:1]) == (2, [taken]), outcome.err
@@ -358,6 +372,27 @@ def test_a_run_that_is_still_to_be_made_names_its_command(name, tmp_path, monkey
     (tmp_path / "runs" / "sft-tiny" / "config.toml").touch()
     outcome = peftlab("ppo model=sft-tiny --run other")  # a key takes the folder
     assert outcome.code == 2 and " first; " not in outcome.err and "did you mean runs/sft-tiny?" in outcome.err
+
+
+def test_a_run_without_an_adapter_yet_tells_the_command_that_goes_on(shop, tmp_path, monkeypatch):
+    """As it is told it goes on, to an adapter that the same verb then uses."""
+    monkeypatch.chdir(tmp_path)
+    stop(monkeypatch, "sft", pairs(shop, "sft"), Path("runs"), "short")
+    asked = "generate {run} --prompt film --max-new-tokens 2"
+    for run in ("short", "runs/short"):
+        outcome = peftlab(asked, run=run)
+        assert outcome.code == 2 and "this run was stopped before its end, `" in outcome.err, outcome.err
+    command = outcome.err.split("`")[1]
+    Path("runs/short/summary.json").rename("summary.json")
+    assert f"has not ended; unless it goes on now, `{command}` continues it" in peftlab(asked, run="short").err
+    Path("summary.json").rename("runs/short/summary.json")
+    assert command == "peftlab sft runs/short/config.toml --run short --resume"
+    assert peftlab(command.removeprefix("peftlab ")).code == 0
+    assert peftlab(asked, run="short").code == 0
+    broken = RunDir.create(Path("runs"), "broken", "sft", 'recipe = "sft"\n')
+    with pytest.raises(LabError), broken.session():
+        raise LabError("nan")
+    assert "it is a run that left none: `peftlab runs list` says why" in peftlab(asked, run="broken").err
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,12 @@ def test_new_writes_what_check_and_show_read(places, tmp_path):
         assert checked.code == 2 and said in checked.out
 
 
+def test_a_base_may_be_a_run_of_yours(places):
+    (places["here"].parent / "runs" / "mine").mkdir(parents=True)
+    (places["here"].parent / "runs" / "mine" / "config.toml").touch()
+    assert peftlab("personas new own --base mine").code == 0 and load_persona("own").base == "runs/mine"
+
+
 @pytest.mark.parametrize("name", ["../mine", "auto"])
 def test_new_refuses_what_is_no_name(places, name):
     done = peftlab(f"personas new {name}")

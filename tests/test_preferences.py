@@ -349,3 +349,38 @@ def test_an_output_that_is_a_file_is_refused_before_a_model_loads(shop, tmp_path
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="is a file"):
         built(shop, tmp_path / "taken")
+
+
+@pytest.mark.parametrize(
+    ("output", "pairs", "journal"),
+    [
+        ("folder", "preferences-train.jsonl", "preferences-train.labels.jsonl"),
+        ("folder", "preferences-test.jsonl", "preferences-test.labels.jsonl"),
+        ("folder", "preferences-train.jsonl", "anna.labels.jsonl"),
+        ("folder/mine.jsonl", "mine.jsonl", "mine.labels.jsonl"),
+        ("folder/mine.jsonl", "mine-test.jsonl", "mine-test.labels.jsonl"),
+    ],
+)
+def test_pairs_that_a_person_has_labelled_are_not_overwritten(shop, tmp_path, monkeypatch, output, pairs, journal):
+    """Before a model loads. An empty journal, of a person who looked and left, holds no labels."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    row = {"id": "a", "prompt": "a film", "chosen": "good", "rejected": "bad"}
+    tiny.write_rows(Path("folder") / pairs, [row])
+    line = f"data preferences --policy missing --prompts {{asked}} --weight length=1 --output {output}"
+    (Path("folder") / journal).touch()
+    assert "missing" in peftlab(line, **shop).err
+    (Path("folder") / journal).write_text('{"choice": "chosen"}\n')
+    outcome = peftlab(line, **shop)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert f"--output {output}: folder/{journal} holds a person's labels" in outcome.err
+    assert "give another --output" in outcome.err
+    (Path("folder") / pairs).unlink()
+    assert "missing" in peftlab(line, **shop).err, "nothing there to overwrite"
+
+
+def test_labels_of_other_pairs_beside_a_file_of_pairs_are_no_hindrance(shop, tmp_path):
+    output = tmp_path / "mine.jsonl"
+    output.touch()
+    (tmp_path / "other.labels.jsonl").write_text('{"choice": "chosen"}\n')
+    assert built(shop, output)["splits"]

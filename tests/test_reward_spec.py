@@ -19,7 +19,7 @@ from peftlab.models.backbone import load_backbone
 from peftlab.models.reward_model import RewardModel, RewardNet
 from peftlab.models.roles import Roles
 from peftlab.models.stacks import Stack, stack_over
-from peftlab.rewards.spec import Term, reward_of, terms
+from peftlab.rewards.spec import Term, reward_of, terms, with_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,6 +32,26 @@ RECORDS = [Prompt("0", "the film", 1), Prompt("1", "the film", 0)]
 def test_a_line_is_read_as_it_is_written(parts, plus):
     assert terms(plus.join(f"{weight!r}*{name}" for weight, name in parts)) == [Term(*part) for part in parts]
     assert terms(plus.join(name for _, name in parts)) == [Term(1.0, name) for _, name in parts]
+
+
+ODD_NAMES = st.sampled_from(["a+b", "2*c", " d", "e 'f'", 'g"h"'])
+
+
+@given(st.lists(st.tuples(st.floats(-100, 100), NAMES | ODD_NAMES), min_size=1))
+def test_a_part_is_spelled_as_it_is_read(parts):
+    found = [Term(*part) for part in parts]
+    assert terms(" + ".join(map(str, found))) == found
+
+
+def test_runs_in_a_line_go_by_their_names(tmp_path, monkeypatch):
+    """Only parts that are models: not the rubric's, nor a function's module. A line without a run stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "rubric", "length", "imdb-sentiment"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.toml").touch()
+    assert with_runs("0.5*mine+ rubric:length + 'a+b'") == '0.5*runs/mine + rubric:length + "a+b"'
+    for line in ("imdb-sentiment +2*rubric:length", "mine:score", "'runs/mine'", "./mine"):
+        assert with_runs(line) == line
 
 
 @pytest.mark.parametrize("line", ["a + ", "+ a", "nan*a", "1e*a", "2*3*a", "*a", "2*"])

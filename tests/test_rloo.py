@@ -355,6 +355,16 @@ def test_a_kl_that_runs_away_ends_the_run_with_its_reason(shop, tmp_path):
     assert summary["status"] == "done" and "kl_stop 0.5" in summary["reason"]
 
 
+def test_the_last_step_is_recorded_whatever_ends_the_run(shop, tmp_path):
+    """Its exact KL is not asked for: that would pass other batches through the model, whose last bits may differ."""
+    for name, ends in (("all", ["steps=3"]), ("far", ["steps=20", "lr=0.1", "kl_coef=0", "kl_stop=0.5"])):
+        run = go(shop, tmp_path / name, "record_every=100", *ends)
+        steps = [row["step"] for row in read_rows(run / "metrics.jsonl")]
+        assert 1 < steps[-1] < 20
+        assert {row["step"] for row in read_rows(run / "rollouts.jsonl")} == {1, steps[-1]}
+        assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "kl/exact" in row] == [1]
+
+
 def test_a_policy_that_left_its_reference_is_stopped_and_stands_in_the_log(shop, tmp_path, monkeypatch):
     def stale(*args, **kwargs):
         roles = Roles(*args, **kwargs)

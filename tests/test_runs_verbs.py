@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from commands import peftlab
 
 from peftlab.cli import runs as verbs
+from peftlab.errors import Interrupted
 from peftlab.runs import progress as progress_lines
 from peftlab.runs.atomic import append_rows
 from peftlab.runs.lock import locked
@@ -77,6 +79,21 @@ def test_diff_shows_the_keys_that_differ_and_the_figures(here):
     same = json.loads(peftlab("runs diff base base --json").out)
     assert same["config"] == [] and same["metrics"][0]["a"] == same["metrics"][0]["b"]
     assert "no run 'nowhere'" in peftlab("runs diff base nowhere").err
+
+
+def test_diff_takes_no_figure_of_the_model_before_the_job_for_a_result(here):
+    """A run that was stopped has logged it at step 0, and nothing later under that name."""
+    run = RunDir.create(here, "short", "sft", 'recipe = "sft"\n')
+    with pytest.raises(Interrupted), run.session():
+        run.log({"eval/perplexity": 99.0, "data/rows": 5}, 0)
+        run.log({"train/loss": 2.0}, 1)
+        raise Interrupted(signal.SIGINT)
+    rows = {row["metric"]: row for row in json.loads(peftlab("runs diff base short --json").out)["metrics"]}
+    assert (rows["eval/perplexity"]["a"], rows["eval/perplexity"]["b"]) == (64.0, None)
+    assert (rows["data/rows"]["b"], rows["train/loss"]["b"]) == (5.0, 2.0), "these it did measure"
+    shown = peftlab("runs diff base short").out.splitlines()
+    assert shown[:2] == ["a: base, sft, done", "b: short, sft, stopped (no result: that is measured at a run's end)"]
+    assert "eval/perplexity  64 (60 to 70)  -" in shown
 
 
 def test_prune_takes_the_checkpoints_of_runs_that_are_done(here):

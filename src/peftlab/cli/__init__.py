@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -23,8 +25,19 @@ for _group in (training, data, use, chat, serve, runs):  # the order of `peftlab
     app.add_typer(_group.app)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"peftlab {metadata.version('peftlab')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _several(context: typer.Context) -> None:
+def _several(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     """A verb that trains may be launched in several processes; of any other each would do the same."""
     from ..recipes import RECIPES
     from ..runs.launched import world_size

@@ -93,7 +93,7 @@ def personas_new(
 
     parts = [text.partition("=") for text in adapter or []]
     adapters = [named(stack) + equals + weight for stack, equals, weight in parts]
-    print(new_persona(name, base, adapters, system, description, home))
+    print(new_persona(name, named(base), adapters, system, description, home))
 
 
 @personas_app.command("check", epilog=examples("peftlab personas check", "peftlab personas check mine.toml"))

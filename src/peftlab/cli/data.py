@@ -109,8 +109,8 @@ def _build_verb(what: str, summary: str) -> None:
         output: Annotated[Path, typer.Option(help="folder to write into")],
         maker: Annotated[str, typer.Option(help="extractive, model, or both: the first serves where the model fails")]
         = "both",
-        model: Annotated[str, typer.Option(help="a chat model by name or folder")] = "smollm2-135m",
-        classifier: Annotated[str, typer.Option(help="a sentiment classifier by name or folder")] = "imdb-sentiment",
+        model: Annotated[str, typer.Option(help="a chat model: a run, a name or a folder")] = "smollm2-135m",
+        classifier: Annotated[str, typer.Option(help="a sentiment classifier, likewise")] = "imdb-sentiment",
         rows: Annotated[int, typer.Option(help="reviews to draw for training")] = 9_000,
         held_out: Annotated[int, typer.Option(help="reviews to draw for evaluation")] = 1_100,
         samples: Annotated[int, typer.Option(help="texts that the model writes of a review")] = 4,
@@ -120,10 +120,12 @@ def _build_verb(what: str, summary: str) -> None:
         device: Device = "auto",
         dtype: Annotated[str, typer.Option(help="the model's: float32 or bfloat16")] = "float32",
     ) -> None:
+        from ..models.catalog import named
         from ..recipes.makers import BuildOptions, build_data, card
 
         options = BuildOptions(
-            maker, model, classifier, rows, held_out, samples, batch_size, temperature, seed, device, dtype
+            maker, named(model), named(classifier), rows, held_out, samples, batch_size, temperature, seed, device,
+            dtype,
         )
         print(folded_text(card(build_data(what, options, output)), sys.stdout))
 
@@ -169,7 +171,9 @@ def data_preferences(
     from ..models.catalog import named
     from ..recipes.build_preferences import PreferenceOptions, band, build_preferences, weights_of
     from ..recipes.preferences_card import card
+    from ..rewards.spec import with_runs
 
+    scorer = scorer if scorer == "rubric" else with_runs(scorer)
     options = PreferenceOptions(
         named(policy), prompts, output, k, scorer, want, weights_of(weight or []), min_margin, pairs_per_prompt,
         held_out, limit, band(prompt_tokens), max_new_tokens, temperature, seed, batch_size, device, dtype,

@@ -71,7 +71,8 @@ def runs_diff(
         print_value(found, True)
         return
     for side, run in zip("ab", found["runs"], strict=True):
-        print(f"{side}: {run['run']}, {run['recipe']}, {run['status']}")
+        unmeasured = "" if run["status"] == "done" else " (no result: that is measured at a run's end)"
+        print(f"{side}: {run['run']}, {run['recipe']}, {run['status']}{unmeasured}")
     print()
     print_rows([row | {side: short(cell(row[side]), 36) for side in "ab"} for row in found["config"]], False)
     print()

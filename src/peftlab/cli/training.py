@@ -28,8 +28,12 @@ def _begin(quiet: bool) -> None:
 def _training_verb(verb: str, summary: str, *commands: str) -> None:
     """`peftlab VERB [CONFIG] [key=value ...]`, the same for every recipe that trains."""
 
-    @app.command(verb, help=summary, epilog=examples(*commands))
+    # Unknown options come with the overrides, so that a config's key typed as one is told how to be given.
+    @app.command(
+        verb, help=summary, epilog=examples(*commands), context_settings={"ignore_unknown_options": True}
+    )
     def command(
+        context: typer.Context,
         config: Annotated[str | None, typer.Argument(help="a TOML file, a shipped config's name, or key=value")] = None,
         overrides: Overrides = None,
         run: Annotated[str | None, typer.Option(help="name of the run's folder below runs/")] = None,
@@ -38,9 +42,11 @@ def _training_verb(verb: str, summary: str, *commands: str) -> None:
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
-        from ..recipes.declared import check_keys
+        from ..recipes.declared import check_keys, refuse_options
 
         pairs = list(overrides or [])
+        options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("-")]
+        refuse_options(verb, [*([config] if config else []), *pairs], options)
         if config is not None and "=" in config and not Path(config).exists():
             pairs, config = [config, *pairs], None
         check_keys(verb, config, pairs)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..runs.progress import folded_text
+from ..errors import UserError
+from ..runs.progress import folded_text, say
 from ..runs.sanitize import sanitize
 from .shared import RUNS, Device, Json, examples, interval, loading, print_rows, print_value
 
 app = typer.Typer()
 
 
-@app.command(epilog=examples('peftlab generate ppo-tiny --prompt "This film" -n 3'))
+@app.command(
+    epilog=examples('peftlab generate ppo-tiny --prompt "This film" -n 3'),
+    context_settings={"allow_extra_args": True},  # a prompt that is typed as an argument is told where it goes
+)
 def generate(
+    context: typer.Context,
     stack: Annotated[str, typer.Argument(help="a run, model or adapter: a name or a folder")],
-    prompt: Annotated[str, typer.Option(help="the text to continue")] = "",
+    prompt: Annotated[str | None, typer.Option(help="the text to continue; default: a text of its own")] = None,
     count: Annotated[int, typer.Option("--count", "-n", help="completions to sample")] = 1,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -28,11 +34,16 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with a model or an adapter."""
+    if context.args:
+        given = shlex.join(["--prompt", " ".join(context.args)])
+        raise UserError(f"generate: takes one argument, the model; a prompt goes behind --prompt, as in {given}")
     loading()
     from ..models.catalog import named
     from ..recipes.tools import generate_texts
 
-    rows = generate_texts(named(stack), prompt, count, max_new_tokens, temperature, top_p, seed, device)
+    rows = generate_texts(named(stack), prompt or "", count, max_new_tokens, temperature, top_p, seed, device)
+    if prompt is None:
+        say("generate: no --prompt, so the model began a text of its own; --prompt TEXT gives it one to continue")
     if as_json:
         print_value(rows, True)
     else:

@@ -40,6 +40,11 @@ class Choice:
     left: str
 
 
+def journal_of(prefs: Path) -> Path:
+    """Where the choices of a file's pairs go, unless told."""
+    return prefs.with_name(f"{prefs.stem}.labels.jsonl")
+
+
 def read_pairs(path: Path) -> list[Pair]:
     """All pairs of a JSONL file of preferences, in order. Raises UserError that names the first bad rows."""
     if path.suffix.lower() != ".jsonl":

@@ -6,6 +6,8 @@ import contextlib
 import difflib
 import errno
 import json
+import shlex
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +73,10 @@ CONVERTED = {
 def named(name: str, root: Path = RUNS) -> str:
     """What a verb was given, as `resolve` takes it: a name of the lab's, else the run of this name, else itself.
 
+    ./NAME is a folder, never the run of this name.
     Only what a person types is looked up so: a base that an adapter or a config names is never a run called alike.
     """
-    if name in known_names() or not (name and _is_run(root / name)):
+    if name in known_names() or name.startswith(("./", "../")) or not (name and _is_run(root / name)):
         return name
     return str(root / name)
 
@@ -170,8 +173,8 @@ def _kind(name: str, path: Path) -> Kind:
     try:
         config: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        run = "; it is a run that left none: `peftlab runs list` says why" if (path / "config.toml").is_file() else ""
-        raise UserError(f"model {name}: {path} has no config.json or adapter_config.json{run}") from None
+        why = f"; {_of_run(path)}" if _is_run(path) else ""
+        raise UserError(f"model {name}: {path} has no config.json or adapter_config.json{why}") from None
     except ValueError as error:
         raise UserError(f"model {name}: {path / 'config.json'} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
@@ -182,6 +185,20 @@ def _kind(name: str, path: Path) -> Kind:
     if "CausalLM" in architecture or "LMHead" in architecture:
         return "causal"
     return "encoder" if "MaskedLM" in architecture or config["model_type"] in _ENCODERS else "causal"
+
+
+def _of_run(path: Path) -> str:
+    """Why a run's folder holds no model, and the command that goes on with it where one does."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        recipe = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))["recipe"]
+        ended = (path / "summary.json").is_file()
+        status = json.loads((path / "summary.json").read_text(encoding="utf-8"))["status"] if ended else "not ended"
+        if status in ("stopped", "not ended") and path.parent.resolve() == RUNS.resolve():
+            source = [] if recipe == "demo" else [str(path / "config.toml")]
+            command = shlex.join(["peftlab", recipe, *source, "--run", path.name, "--resume"])
+            first = "this run was stopped before its end" if ended else "this run has not ended; unless it goes on now"
+            return f"{first}, `{command}` continues it"
+    return "it is a run that left none: `peftlab runs list` says why"
 
 
 def _from_hub(name: str) -> Entry:

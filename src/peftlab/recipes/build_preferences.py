@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.labels import journal_of
 from ..data.prompts import openings
 from ..data.records import Prompt
 from ..data.sources import load_records
@@ -82,6 +83,19 @@ class PreferenceOptions:
         there = next((place for place in (self.folder, *self.folder.parents) if place.exists()), self.folder)
         if there.exists() and not there.is_dir():  # asked before a model loads
             raise UserError(f"--output {self.output}: {there} is a file; give a folder, or a file that ends in .jsonl")
+        if (labels := self._labels()) is not None:
+            raise UserError(
+                f"--output {self.output}: {labels} holds a person's labels of the pairs there, which would be "
+                "overwritten; give another --output, or move pairs and labels away"
+            )
+
+    def _labels(self) -> Path | None:
+        """A journal of `peftlab label` with choices in it, of pairs that are there; in a folder of ours of any name."""
+        pairs = [file for file in map(self.file, ("train", "test")) if file.is_file()]
+        journals = [*map(journal_of, pairs)]
+        if pairs and self.output.suffix != ".jsonl":
+            journals += sorted(self.folder.glob("*.labels.jsonl"))
+        return next((file for file in journals if file.is_file() and file.stat().st_size), None)
 
     @property
     def folder(self) -> Path:

@@ -6,11 +6,15 @@ So a mistyped key is told at once. Whatever else may be wrong with a config is l
 from __future__ import annotations
 
 import ast
+import itertools
+import shlex
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 
-from ..config import refuse_unknown
+from ..config import ELSEWHERE, refuse_unknown
+from ..errors import UserError, did_you_mean
 
 HOUSE = Path(__file__).resolve().parents[1]
 
@@ -18,6 +22,26 @@ HOUSE = Path(__file__).resolve().parents[1]
 def check_keys(verb: str, source: str | None, overrides: list[str]) -> None:
     """UserError where there is no such config, where it is another verb's, or where a key is unknown; no torch."""
     refuse_unknown(declared_keys(verb), verb, source, overrides)
+
+
+def refuse_options(verb: str, words: Sequence[str], options: Sequence[str]) -> None:
+    """UserError where one of the words after a verb that trains looks like an option, which none of `options` is.
+
+    Where it is a key of the config, here or in another recipe, the message is the key=value to type instead.
+    """
+    for word, following in itertools.pairwise([*words, ""]):
+        if not word.startswith("-"):
+            continue
+        name, equals, value = word.partition("=")
+        key, known = name.lstrip("-").replace("-", "_"), declared_keys(verb)
+        key = key if key in known else ELSEWHERE.get(key, "")
+        if key in known:
+            if not equals:
+                value = "VALUE" if not following or following.startswith("--") or "=" in following else following
+            pair = shlex.quote(f"{key}={value}")
+            raise UserError(f"no option {name}; a key of the config is given without dashes: {pair}")
+        remedy = did_you_mean(name, options) or f"`peftlab {verb} --help` lists the options"
+        raise UserError(f"no option {name}; {remedy}")
 
 
 def declared_keys(verb: str) -> list[str]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..report.alarms import Alarm
+from ..report.alarms import UNCHECKED, Alarm
 from ..report.inspector import measure_of, strength
 from ..report.read import Row, as_number
 from ..report.recorded import COLUMNS, MEASURES, parts_of, tokens_of
@@ -143,10 +143,13 @@ def _table(row: Row, by: str, full: float, width: int) -> list[Table | Text]:
 
 def _alarms(alarms: Sequence[Alarm]) -> list[Text]:
     fired = [Text(f"Alarm, {alarm.title}: {shown(alarm.words)}", "bold red") for alarm in alarms if alarm.fired]
-    told = []
-    for words, state in (("no alarm", False), ("not checked", None)):
-        titles = [alarm.title for alarm in alarms if alarm.fired is state]
-        told += [f"{words}: {', '.join(titles)}"] if titles else []
+    quiet = [alarm.title for alarm in alarms if alarm.fired is False]
+    told = [f"no alarm: {', '.join(quiet)}"] if quiet else []
+    unchecked: dict[str, list[str]] = {}  # why -> which
+    for alarm in alarms:
+        if alarm.fired is None:
+            unchecked.setdefault(alarm.words.removeprefix(UNCHECKED).rstrip("."), []).append(alarm.title)
+    told += [f"not checked, {shown(why)}: {', '.join(titles)}" for why, titles in unchecked.items()]
     return [*fired, Text("; ".join(told), QUIET)]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..data.labels import CHOICES, Journal, read_pairs
+from ..data.labels import CHOICES, Journal, journal_of, read_pairs
 from ..errors import Interrupted, UserError
 from ..evaluation.intervals import wilson
 from ..runs.atomic import write_rows
@@ -54,7 +54,7 @@ def label(prefs: Path, output: Path | None, web: bool, port: int, seed: int) -> 
 
 def outputs(prefs: Path, output: Path | None = None) -> tuple[Path, Path]:
     """The journal and the labelled pairs; neither may write over the pairs or over labels of another journal."""
-    path = output or prefs.with_name(f"{prefs.stem}.labels.jsonl")
+    path = output or journal_of(prefs)
     labelled = path.with_name(f"{path.name.removesuffix('.jsonl').removesuffix('.labels')}.labelled.jsonl")
     for ours in (path, labelled):
         if ours.exists() and prefs.exists() and ours.samefile(prefs):

@@ -155,12 +155,13 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
         run.log(stats, step)
         seconds.append(stats["time/step_s"])
         flat = flat or _warned_of_flat(run, rollout, step)
-        progress.show(step, f"reward {stats['reward/mean']:.2f}  KL {stats['kl/reference']:.2f}")
-        if rollout.exact_kl is not None:  # a step that is looked at closely
-            critic = {} if job.roles.critic == "none" else {"value": rollout.values}
-            run.append_rollouts(_records(rollout, critic | token_tensors, job.sampler, step))
+        # k1, which the controller and kl_stop see too; below 0 by chance. z: what rounds to 0 has no sign.
+        progress.show(step, f"reward {stats['reward/mean']:.2f}  KL estimate {stats['kl/reference']:z.2f}")
         if config.kl_stop and stats["kl/reference"] > config.kl_stop:
             reason = f"kl/reference {stats['kl/reference']:.2f} passed kl_stop {config.kl_stop} at step {step}"
+        if rollout.exact_kl is not None or reason or step == config.steps:  # looked at closely, or the last one
+            critic = {} if job.roles.critic == "none" else {"value": rollout.values}
+            run.append_rollouts(_records(rollout, critic | token_tensors, job.sampler, step))
         signum = ranks.agreed(run.stop_requested)
         if signum or reason or step % config.save_every == 0 or step == config.steps:
             _write_state(run, step, {"trainer": trainer.state_dict(), "reward": job.reward.state(), "reason": reason})

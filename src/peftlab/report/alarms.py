@@ -26,6 +26,7 @@ ENTROPY_SHARE = 0.5  # half of the entropy is the square root of the choices: wh
 DISTINCT_SHARE = 0.75  # measured on four texts of 24 tokens: .86 to 1.00 in the demo, .58 where PPO games its reward
 KL_FACTOR = 1.5  # judgement: a controller that holds its target scatters about it; half as much again is lost hold
 KL_A_TOKEN = 0.5  # without a target: the 12 nats over 24 tokens at which the shipped configs stop a run
+UNCHECKED = "Not checked: "  # how the words of a check that could not be made begin; the reason follows
 JUDGE_DROP = 0.05  # of a probability: about the 95% interval of 256 prompts, where none is given
 
 
@@ -98,7 +99,7 @@ def drift(level: Level, points: Points, ends: Ends = (None, None)) -> Alarm:
             words = f"{stretch.when} {state(stretch.value, start)}: {number(start)} {unit} at first"
             return Alarm(title, True, f"{words}, {number(stretch.value)} {stretch.last}.", stretch.since)
     elif ends[0] is None or ends[1] is None:
-        return Alarm(title, None, f"Not checked: {_few(len(points))} in the log.")
+        return Alarm(title, None, f"{UNCHECKED}measured in {_few(len(points), LEAST)}.")
     else:
         start, last = ends[0], ends[1]
     if ends[0] is not None and ends[1] is not None and (moved := state(ends[1], ends[0])):
@@ -113,7 +114,7 @@ def kl_beyond(kl: Points, target: float, lengths: Points) -> Alarm:
     """
     title = "KL"
     if len(kl) < LEAST or not (target or lengths):
-        return Alarm(title, None, f"Not checked: {_few(len(kl))} in the log.")
+        return Alarm(title, None, f"{UNCHECKED}measured in {_few(len(kl), LEAST)}.")
     if target:
         limit, why = KL_FACTOR * target, f"{KL_FACTOR} times the target"
     else:
@@ -135,7 +136,8 @@ def against(title: str, proxy: Points, gold: Points, names: tuple[str, str], lea
     scores = dict(gold)
     steps = [step for step, _ in proxy if step in scores]
     if len(steps) < LEAST_FOR_NOISE:
-        return Alarm(title, None, f"Not checked: {_few(len(steps))} of both {names[0]} and {names[1]}.")
+        few = _few(len(steps), LEAST_FOR_NOISE)
+        return Alarm(title, None, f"{UNCHECKED}{names[0]} and {names[1]} measured together in {few}.")
     raw = [(step, value) for step, value in proxy if step in scores], [(step, scores[step]) for step in steps]
     smooth_proxy, smooth_gold = (_running(points, statistics.fmean) for points in raw)
     peak = max(range(len(smooth_gold)), key=lambda at: smooth_gold[at][1])
@@ -159,7 +161,7 @@ def ends_against(
     Without an interval a fall of JUDGE_DROP counts. No step is known.
     """
     if proxy[0] is None or proxy[1] is None or gold[0] is None or gold[1] is None:
-        return Alarm(title, None, f"Not checked: {names[0]} and {names[1]} were not both measured before and after.")
+        return Alarm(title, None, f"{UNCHECKED}{names[0]} and {names[1]} were not both measured before and after.")
     moves = f"{names[0]} {number(proxy[0])} to {number(proxy[1])}, {names[1]} {number(gold[0])} to {number(gold[1])}"
     fell = interval[1] < gold[0] if interval else gold[0] - gold[1] > JUDGE_DROP
     if proxy[1] > proxy[0] and fell:
@@ -195,5 +197,5 @@ def _noise(points: Points) -> float:
     return statistics.median(abs(b - a) for (_, a), (_, b) in zip(points, points[1:], strict=False)) / 0.954
 
 
-def _few(count: int) -> str:
-    return "no values" if not count else f"only {count} value{'s' * (count > 1)}"
+def _few(count: int, needed: int) -> str:
+    return f"only {count} step{'s' * (count > 1)} of the {needed} that it takes" if count else "no step"

@@ -9,6 +9,7 @@ from .alarms import (
     JUDGE_DROP,
     LENGTH,
     REPETITION,
+    UNCHECKED,
     Alarm,
     Ends,
     Points,
@@ -53,7 +54,7 @@ def _parts(run: RunFiles, reward: Points) -> list[Alarm]:
     """The weighted parts that fall while the reward rises, or one line where none does; a growing penalty is a fall."""
     title, parts = "Reward parts", contributions(run.columns, run.config.get("reward"))
     if not parts:
-        return [Alarm(title, None, "Not checked: the config does not tell what each part weighs.")]
+        return [Alarm(title, None, f"{UNCHECKED}the config does not tell what each part weighs.")]
     found = [against(title, reward, points, ("the reward", f"its part {name}")) for name, points in parts.items()]
     fired = [alarm for alarm in found if alarm.fired]
     if fired or found[0].fired is None:

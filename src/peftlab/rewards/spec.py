@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..models.backbone import Backbone
+from ..models.catalog import named
 from ..models.classifier import TextClassifier
 from ..models.reward_model import RewardModel
 from ..models.stacks import Stack, kind_of
@@ -36,6 +37,12 @@ class Term:
 
     weight: float
     name: str
+
+    def __str__(self) -> str:
+        """As a line spells it."""
+        quote = "'" if '"' in self.name else '"'
+        name = f"{quote}{self.name}{quote}" if re.search(r"[+*'\"]|^\s|\s$", self.name) else self.name
+        return name if self.weight == 1 else f"{self.weight!r}*{name}"
 
     @property
     def is_function(self) -> bool:
@@ -69,6 +76,13 @@ def terms(spec: str) -> list[Term]:
             )
         found.append(Term(weight, match[3] or match[4]))
     return found
+
+
+def with_runs(spec: str) -> str:
+    """The line as a person typed it, with the folders of runs in the place of their names; see `catalog.named`."""
+    found = terms(spec)
+    taken = [replace(term, name=named(term.name)) if term.is_model else term for term in found]
+    return spec if taken == found else " + ".join(map(str, taken))
 
 
 def _pieces(spec: str) -> list[str]:
