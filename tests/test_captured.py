@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from peftlab.models import captured
-from peftlab.models.adapters import Lora, adapter_parameters, attach
+from peftlab.models.adapters import Lora, LoraVariants, adapter_parameters, attach
 from peftlab.models.backbone import Backbone, trunk
 from peftlab.models.captured import CapturedStates, Pass, bucket, capturable
 from peftlab.models.roles import Roles
 from peftlab.recipes.common import require_gradients
 from peftlab.sampling.attention import few_queries
-from peftlab.training.quick_passes import replayed_passes
+from peftlab.training.quick_passes import replayable, replayed_passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(3, 9, 4), (8, 16, 8), (5, 20, 11), (3, 9, 4)]  # rows, tokens, tokens of the completion
@@ -212,4 +212,6 @@ def test_only_what_a_graph_can_hold_is_captured(tiny_causal):
     model, _ = tiny_causal("gpt2")
     model.config._attn_implementation = "eager"
     assert not capturable(model)
+    plain, variant = (attach(tiny_causal("gpt2")[0], LoraVariants(r=3, dora=dora), "policy") for dora in (False, True))
+    assert replayable(plain) and not replayable(variant)
     assert bucket(3, 9) == (8, 16) and bucket(8, 130) == (8, 160)

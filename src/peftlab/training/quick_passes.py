@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from ..models.adapters import lora_layers
 from ..models.backbone import trunk
 from ..models.captured import CapturedStates, capturable, packed
 from ..ops import ranks
@@ -21,9 +22,15 @@ from .state_loss import loss_from_states
 def quick_passes(model: Any) -> Iterator[None]:
     """While it lasts, the model's passes and losses are made sooner, where they can be."""
     # Replays fill `.grad` by themselves, which DistributedDataParallel does not see.
-    replays = model.device.type == "cuda" and ranks.size() == 1 and capturable(model.get_base_model())
+    replays = model.device.type == "cuda" and ranks.size() == 1 and replayable(model)
     with loss_from_states(model), replayed_passes(model) if replays else nullcontext():
         yield
+
+
+def replayable(model: Any) -> bool:
+    """Whether graphs can hold the model's passes: its class and its LoRA are of kinds that were tried."""
+    plain = not any(layer.lora_variant for layer in lora_layers(model).values())
+    return plain and capturable(model.get_base_model())
 
 
 @contextmanager
