@@ -393,6 +393,11 @@ def test_a_run_without_an_adapter_yet_tells_the_command_that_goes_on(shop, tmp_p
     with pytest.raises(LabError), broken.session():
         raise LabError("nan")
     assert "it is a run that left none: `peftlab runs list` says why" in peftlab(asked, run="broken").err
+    Path("runs/whole/sft").mkdir(parents=True)
+    Path("runs/whole/config.toml").write_text('recipe = "demo"\n')
+    Path("runs/whole/summary.json").write_text('{"status": "done"}')
+    Path("runs/short/adapter").rename("runs/whole/sft/adapter")
+    assert "its stages: runs/whole/sft" in peftlab(asked, run="runs/whole").err
 
 
 @pytest.mark.parametrize(

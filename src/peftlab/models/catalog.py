@@ -188,7 +188,7 @@ def _kind(name: str, path: Path) -> Kind:
 
 
 def _of_run(path: Path) -> str:
-    """Why a run's folder holds no model, and the command that goes on with it where one does."""
+    """Why a run's folder holds no model, and the command that goes on with it, or its stages that hold one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         recipe = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))["recipe"]
         ended = (path / "summary.json").is_file()
@@ -198,6 +198,9 @@ def _of_run(path: Path) -> str:
             command = shlex.join(["peftlab", recipe, *source, "--run", path.name, "--resume"])
             first = "this run was stopped before its end" if ended else "this run has not ended; unless it goes on now"
             return f"{first}, `{command}` continues it"
+    stages = sorted(str(adapter.parent) for adapter in path.glob("*/adapter"))
+    if stages:
+        return f"adapters are in its stages: {', '.join(stages)}"
     return "it is a run that left none: `peftlab runs list` says why"
 
 
