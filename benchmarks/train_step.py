@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peer", action="store_true")
     given = parser.parse_args()
+    if given.steps <= WARM_UP:
+        parser.error(f"--steps: {WARM_UP} warm up and are not counted; give more")
     for what in ("sft", "classify"):
         for row in measure(what, given.device, given.steps, given.rounds, not given.no_peer):
             print(json.dumps(row), flush=True)

@@ -190,9 +190,18 @@ def test_packed_rows_are_learned_from_by_replays_as_without(tiny_causal, graphs,
     assert [len(one.graphs) for one in captured.passes.values()] == [2]
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-5
-    masked = {"input_ids": batches[0][0], "attention_mask": torch.ones_like(batches[0][0])}
-    with replayed_passes(policy), torch.no_grad():
-        torch.testing.assert_close(policy(**masked).logits, policy.eval()(**masked).logits)
+
+
+def test_a_pass_with_a_mask_is_not_replayed(tiny_causal, graphs):
+    policy = learner(tiny_causal, "gpt2", 0.0)
+    ids, mask = PACKED[0][0], torch.ones(2, 8, dtype=torch.long)
+    mask[:, :3] = 0
+    given = {"input_ids": ids, "position_ids": DOCUMENTS, "attention_mask": mask}
+    expected = policy(**given).logits[:, 3:]
+    assert not torch.allclose(expected, policy(input_ids=ids, position_ids=DOCUMENTS).logits[:, 3:], atol=1e-3)
+    with replayed_passes(policy) as captured:
+        torch.testing.assert_close(policy(**given).logits[:, 3:], expected)
+    assert not captured.passes
 
 
 def test_kinds_beyond_their_number_are_forgotten(tiny_causal, graphs, monkeypatch):

@@ -100,6 +100,8 @@ def test_what_needs_no_model_loads_no_library(line, place):
         ("ppo ppo-tiny --steps 3", "no option --steps; a key of the config is given without dashes: steps=3"),
         ("sft sft-tiny --steps 3", "no option --steps; a key of the config is given without dashes: max_steps=3"),
         ("sft --train-limit=3 --dry-run", "is given without dashes: train_limit=3"),
+        ("sft --lora 4", "a table of the config, whose keys are given as in lora.r=VALUE"),
+        ("sft --smok", "no option --smok; `peftlab sft --help` lists the options"),
         ("sft sft-tiny --run a --lora.r lr=1", "is given without dashes: lora.r=VALUE"),
         ("sft sft-tiny --resum", "no option --resum; did you mean --resume?"),
         ("sft sft-tiny -x", "no option -x; `peftlab sft --help` lists the options"),

@@ -49,6 +49,7 @@ def test_runs_in_a_line_go_by_their_names(tmp_path, monkeypatch):
     for name in ("mine", "rubric", "length", "imdb-sentiment"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.toml").touch()
+    assert with_runs("1e16*mine + a") == "1e16*runs/mine + a"
     assert with_runs("0.5*mine+ rubric:length + 'a+b'") == '0.5*runs/mine + rubric:length + "a+b"'
     for line in ("imdb-sentiment +2*rubric:length", "mine:score", "'runs/mine'", "./mine"):
         assert with_runs(line) == line

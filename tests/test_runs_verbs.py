@@ -85,12 +85,13 @@ def test_diff_takes_no_figure_of_the_model_before_the_job_for_a_result(here):
     """A run that was stopped has logged it at step 0, and nothing later under that name."""
     run = RunDir.create(here, "short", "sft", 'recipe = "sft"\n')
     with pytest.raises(Interrupted), run.session():
-        run.log({"eval/perplexity": 99.0, "data/rows": 5}, 0)
+        run.log({"eval/perplexity": 99.0, "rubric/all": 0.1, "data/rows": 5}, 0)
         run.log({"train/loss": 2.0}, 1)
         raise Interrupted(signal.SIGINT)
     rows = {row["metric"]: row for row in json.loads(peftlab("runs diff base short --json").out)["metrics"]}
     assert (rows["eval/perplexity"]["a"], rows["eval/perplexity"]["b"]) == (64.0, None)
     assert (rows["data/rows"]["b"], rows["train/loss"]["b"]) == (5.0, 2.0), "these it did measure"
+    assert "rubric/all" not in rows
     shown = peftlab("runs diff base short").out.splitlines()
     assert shown[:2] == ["a: base, sft, done", "b: short, sft, stopped (no result: that is measured at a run's end)"]
     assert "eval/perplexity  64 (60 to 70)  -" in shown

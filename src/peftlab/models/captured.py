@@ -38,10 +38,10 @@ def capturable(model: Any) -> bool:
     return name == "GPT2LMHeadModel" or plain_rotary
 
 
-def bucket(rows: int, tokens: int) -> tuple[int, int]:
-    """Rows and tokens of the kind that takes these: multiples of 8, and of 16 or an eighth of a longer text."""
+def bucket(rows: int, tokens: int, multiple: int = 8) -> tuple[int, int]:
+    """Rows and tokens of the kind that takes these: a `multiple`, and one of 16 or an eighth of a longer text."""
     step = max(16, 1 << max(0, tokens.bit_length() - 3))
-    return -(-rows // 8) * 8, -(-tokens // step) * step
+    return -(-rows // multiple) * multiple, -(-tokens // step) * step
 
 
 def padded(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +56,13 @@ def packed(positions: Tensor) -> Tensor:
 
 
 class CapturedStates:
-    """What the trunk of a causal model gives, by graphs; `body` is its forward. Parameters must stay where they lie."""
+    """What the trunk of a causal model gives, by graphs; `body` is its forward. Parameters must stay where they lie.
 
-    def __init__(self, body: Callable[..., Any], device: torch.device) -> None:
-        self.body = body
+    `multiple`: rows are rounded up to one of it.
+    """
+
+    def __init__(self, body: Callable[..., Any], device: torch.device, multiple: int = 8) -> None:
+        self.body, self.multiple = body, multiple
         self.stream = torch.cuda.Stream(device)
         self.passes: dict[Kind, Pass] = {}
         self.turns: dict[tuple[str | None, bool], Turn] = {}
@@ -80,7 +83,7 @@ class CapturedStates:
         its states, and what their gradient is made of, are there until the next begins.
         """
         learned = learned if torch.is_grad_enabled() else ()
-        rows, tokens = bucket(*ids.shape)
+        rows, tokens = bucket(len(ids), ids.shape[1], self.multiple)
         share = role, bool(learned)
         kind = *share, rows, tokens
         if len(self.passes) >= KINDS and kind not in self.passes:

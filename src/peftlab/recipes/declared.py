@@ -34,13 +34,15 @@ def refuse_options(verb: str, words: Sequence[str], options: Sequence[str]) -> N
             continue
         name, equals, value = word.partition("=")
         key, known = name.lstrip("-").replace("-", "_"), declared_keys(verb)
-        key = key if key in known else ELSEWHERE.get(key, "")
+        key = key if key in known else ELSEWHERE.get(key, key)
         if key in known:
             if not equals:
                 value = "VALUE" if not following or following.startswith("--") or "=" in following else following
             pair = shlex.quote(f"{key}={value}")
             raise UserError(f"no option {name}; a key of the config is given without dashes: {pair}")
-        remedy = did_you_mean(name, options) or f"`peftlab {verb} --help` lists the options"
+        if inner := [one for one in known if one.startswith(f"{key}.")]:
+            raise UserError(f"no option {name}; a table of the config, whose keys are given as in {inner[0]}=VALUE")
+        remedy = did_you_mean(name, options, 0.75) or f"`peftlab {verb} --help` lists the options"
         raise UserError(f"no option {name}; {remedy}")
 
 

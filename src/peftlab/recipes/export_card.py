@@ -11,7 +11,7 @@ from typing import Any
 from ..models.catalog import Entry, resolve
 from ..models.stacks import Stack
 from ..report.read import RunFiles, as_number
-from ..runs.metrics import METRICS, healthy_text
+from ..runs.metrics import EVALUATION, METRICS, healthy_text
 from ..runs.sanitize import sanitize
 
 LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0"}  # in the Hub's spelling
@@ -148,7 +148,7 @@ def _results(made: Export, run: RunFiles | None) -> list[Any]:
             metric_value=value,
         )
         for name, value in figures.items()
-        if value is not None and name.startswith(("eval/", "rubric/"))
+        if value is not None and name.startswith(EVALUATION)
     ]
 
 

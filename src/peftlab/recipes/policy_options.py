@@ -14,6 +14,7 @@ from ..evaluation.policy import Measure
 from ..rewards.parts import Reward
 from ..rewards.spec import reward_of
 from ..rl.rollout import PromptBatch
+from ..runs.metrics import EVALUATION
 from .before_after import REWARD, reward_columns
 from .policy_run import PolicyRun
 
@@ -78,7 +79,7 @@ def ruler_of(opened: PolicyRun, by: str | None, prompts: PromptBatch) -> tuple[s
     A line's parts are not normalised. None takes the first of `HEADLINES` that the run measures. UserError where there
     is none.
     """
-    if by and not by.startswith(("eval/", "rubric/")):
+    if by and not by.startswith(EVALUATION):
         config = opened.config
         line = reward_of(by, config.want, getattr(config, "style", ()), config.device, opened.ground)
         return REWARD, ruler_by(line)

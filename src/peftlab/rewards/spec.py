@@ -42,7 +42,8 @@ class Term:
         """As a line spells it."""
         quote = "'" if '"' in self.name else '"'
         name = f"{quote}{self.name}{quote}" if re.search(r"[+*'\"]|^\s|\s$", self.name) else self.name
-        return name if self.weight == 1 else f"{self.weight!r}*{name}"
+        weight = repr(self.weight).replace("e+", "e")  # a + separates terms
+        return name if self.weight == 1 else f"{weight}*{name}"
 
     @property
     def is_function(self) -> bool:

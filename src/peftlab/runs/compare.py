@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from .metrics import EVALUATION
 from .summary import flat, outcome
 
 
@@ -18,7 +19,7 @@ def diff_runs(one: Path, other: Path) -> dict[str, Any]:
     runs = [outcome(folder) for folder in (one, other)]
     for run in runs:
         if run["status"] != "done":
-            run["metrics"] = {name: value for name, value in run["metrics"].items() if not name.startswith("eval/")}
+            run["metrics"] = {name: value for name, value in run["metrics"].items() if not name.startswith(EVALUATION)}
     configs = [read_config(folder) for folder in (one, other)]
     keys = [*configs[0], *(key for key in configs[1] if key not in configs[0])]
     names = [*runs[0]["metrics"], *(name for name in runs[1]["metrics"] if name not in runs[0]["metrics"])]

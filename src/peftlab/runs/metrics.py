@@ -45,6 +45,8 @@ def first_ratio_limit(precision: str, *, tiny_on_cpu: bool = False) -> float:
     return FIRST_RATIO_LIMITS[TIGHTEST if tiny else precision]
 
 
+# How the names of what is measured on held-out data begin, before and after a job.
+EVALUATION = ("eval/", "rubric/")
 _N = "nats"
 _REGISTRY = [
     Metric(

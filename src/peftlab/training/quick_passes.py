@@ -37,11 +37,12 @@ def replayable(model: Any) -> bool:
 def replayed_passes(model: Any) -> Iterator[CapturedStates]:
     """While it lasts, passes that train on packed rows give their final states by CUDA graphs.
 
-    Of other passes (with an attention mask, or where more than states is asked for) nothing changes.
+    Other passes (with an attention mask, or where more than states is asked for) are made as before.
     """
     body: Any = trunk(model)
     plain, learned = body.forward, [parameter for parameter in body.parameters() if parameter.requires_grad]
-    captured, acting = CapturedStates(plain, model.device), partial(_autocast, model.device.type)
+    # A training has one number of rows, and at an epoch's end another one: none is to be rounded up.
+    captured, acting = CapturedStates(plain, model.device, multiple=1), partial(_autocast, model.device.type)
 
     def forward(
         input_ids: Tensor | None = None,
