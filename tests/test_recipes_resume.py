@@ -31,7 +31,7 @@ LONG = {
     "pretrain": ["max_steps=16", "max_length=16", "save_every=6"],
     "ppo": ["steps=6", "reward=gate:count", "kl_target=1.0", "critic=adapter", "save_every=2"],
 }
-STOPS = {"sft": (3, 13), "classify": (3, 13), "summarize": (3, 13), "pretrain": (9,), "ppo": (1, 4)}
+STOPS = {"sft": (3, 13), "classify": (3, 13), "summarize": (3, 13), "pretrain": (9,), "ppo": (1, 4, 6)}
 
 # A reward that, once told to, holds the run in the middle of step 3 until the file `go` is there. Its first call is of
 # an evaluation prompt, before the training.
@@ -120,8 +120,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(shop, whole, tmp_path, monkeypat
     assert not (run / "adapter").exists()
     assert (run / "report.html").is_file()
     torch.manual_seed(step)  # whatever the process drew before the resume does not matter
-    go(shop, verb, tmp_path, resume=True)
+    resumed = go(shop, verb, tmp_path, resume=True)
     assert_same(run, whole[verb])
+    assert resumed["time"]["step_s"] != 0, "where no step was left, none took a time"
 
 
 @pytest.mark.parametrize("verb", LONG)

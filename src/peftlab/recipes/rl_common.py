@@ -136,8 +136,9 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
     return Job(roles, under, base_hash, train, held_out, measure, reward, sampler, decoding, state)
 
 
-def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[Any]) -> tuple[str | None, float]:
-    """The steps that are left, logged and saved. Returns why they ended early (or None), and their median seconds."""
+def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[Any]) -> tuple[str | None, float | None]:
+    """The steps that are left, logged and saved. Returns why they ended early (or None), and their median seconds, None
+    where none was left."""
     if job.state is not None:
         trainer.load_state_dict(job.state["trainer"])
     reason: str | None = job.state["reason"] if job.state else None
@@ -167,11 +168,11 @@ def train(config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[An
             _write_state(run, step, {"trainer": trainer.state_dict(), "reward": job.reward.state(), "reason": reason})
         if signum:
             raise Interrupted(signum)
-    return reason, statistics.median(seconds or [0.0])
+    return reason, statistics.median(seconds) if seconds else None
 
 
 def finish(
-    config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[Any], reason: str | None, step_s: float
+    config: PolicyConfig, run: RunDir, job: Job, trainer: PolicyTrainer[Any], reason: str | None, step_s: float | None
 ) -> dict[str, Any]:
     """Save the adapter, evaluate both sides on held-out prompts by measure and reward, write samples and summary."""
     roles = job.roles
