@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.split import SplitHead, SplitWeight, splits_pay
+from .engine import known_step
 
 # (layer, query (N, H, D), keys and values (N, 2, G, D)) -> (N, H * D)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
@@ -178,14 +179,10 @@ def _storage(tensor: Tensor) -> int:
 
 def fused_step(model: Any) -> FusedStep | None:
     """The step of a model, None for one that it would not be right for."""
-    config, name = model.config, type(model).__name__
-    if any(hasattr(module, "base_layer") for module in model.modules()):
+    if known_step(model) is None or any(hasattr(module, "base_layer") for module in model.modules()):
         return None  # PEFT's layers: packed weights know nothing of them, and a graph would not see them switched
-    if name == "GPT2LMHeadModel":
-        odd = config.add_cross_attention or config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights
-        usual = config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
-        return FusedGpt2(model) if usual and not odd else None
-    if name == "LlamaForCausalLM":
-        odd = config.attention_bias or config.mlp_bias or model.model.rotary_emb.rope_type != "default"
-        return FusedLlama(model) if config.hidden_act == "silu" and not odd else None
-    return None
+    config = model.config
+    if type(model).__name__ == "GPT2LMHeadModel":
+        return FusedGpt2(model) if config.activation_function in ("gelu_new", "gelu_pytorch_tanh") else None
+    biased = config.attention_bias or config.mlp_bias
+    return FusedLlama(model) if config.hidden_act == "silu" and not biased else None
