@@ -92,9 +92,8 @@ class PreferenceOptions:
     def _labels(self) -> Path | None:
         """A journal of `peftlab label` with choices in it, of pairs that are there; in a folder of ours of any name."""
         pairs = [file for file in map(self.file, ("train", "test")) if file.is_file()]
-        journals = [*map(journal_of, pairs)]
-        if pairs and self.output.suffix != ".jsonl":
-            journals += sorted(self.folder.glob("*.labels.jsonl"))
+        ours = pairs and self.output.suffix != ".jsonl"
+        journals = sorted(self.folder.glob("*.labels.jsonl")) if ours else map(journal_of, pairs)
         return next((file for file in journals if file.is_file() and file.stat().st_size), None)
 
     @property
