@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,6 +172,15 @@ def test_adapters_are_switched_and_mixed_while_one_talks(chat):
     assert "(mix plain=0.7 other=0.3 answers" in shown
     assert shown.splitlines()[-1].startswith("acting: none; loaded on ") and "plain, other" in shown.splitlines()[-1]
     assert len(chat.session.turns) == 2 and chat.session.voice.weights == {}
+
+
+def test_a_run_goes_by_its_name(chat, place, adapters):
+    run = place / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.toml").touch()
+    shutil.copytree(place / "other", run / "adapter")
+    shown = chat("/adapter mine", "/mix mine=0.5 plain=0.5")
+    assert "(runs/mine answers" in shown and "(mix runs/mine=0.5 plain=0.5 answers" in shown
 
 
 def test_a_reply_is_that_of_the_voice_whatever_acted_between(chat, cast):

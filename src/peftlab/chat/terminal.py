@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from ..data.records import Message
 from ..errors import PeftlabError, UserError
-from ..models.catalog import known_names
+from ..models.catalog import known_names, named
 from ..models.personas import AUTO, persona_files
 from ..sampling.sampler import Decoding
 from . import saved
@@ -179,10 +179,11 @@ class Terminal:
             loaded = ", ".join(self._adapters()) or "none"
             self.screen.note(f"acting: {acting}; loaded on {voice.base}: {loaded}")
             return
-        self._go_on(self.cast.off(voice) if name == OFF else self.cast.stack(name))
+        self._go_on(self.cast.off(voice) if name == OFF else self.cast.stack(named(name)))
 
     def mix(self, text: str) -> None:
-        self._go_on(self.cast.mix(self.session.voice, weights_of(text)))
+        weights = {named(name): weight for name, weight in weights_of(text).items()}
+        self._go_on(self.cast.mix(self.session.voice, weights))
 
     def persona(self, name: str) -> None:
         if not name:
