@@ -17,6 +17,7 @@ from peftlab.models import captured
 from peftlab.models.adapters import Lora, LoraVariants, adapter_parameters, attach
 from peftlab.models.backbone import Backbone, trunk
 from peftlab.models.captured import CapturedStates, Pass, bucket, capturable
+from peftlab.models.reward_model import RewardNet
 from peftlab.models.roles import Roles
 from peftlab.recipes.common import require_gradients
 from peftlab.sampling.attention import few_queries
@@ -202,6 +203,25 @@ def test_a_pass_with_a_mask_is_not_replayed(tiny_causal, graphs):
     with replayed_passes(policy) as captured:
         torch.testing.assert_close(policy(**given).logits[:, 3:], expected)
     assert not captured.passes
+
+
+def test_a_reward_model_scores_by_replays_as_without(tiny_causal, graphs):
+    model, tokenizer = tiny_causal("llama")
+    net = RewardNet.fresh(Backbone("tiny", model, tokenizer, ""), Lora(r=3, alpha=6), members=2)
+    for member in range(2):
+        for parameter in net.learned(member).values():
+            nn.init.normal_(parameter, std=0.3)
+    batches = [batch(rows, tokens, seed) for seed in range(3) for rows, tokens, _ in SHAPES]
+    found = []
+    for captured_states in (None, CapturedStates(trunk(net.model), torch.device("cpu"))):
+        net.captured = captured_states
+        for member in (0, 1, 0):
+            net.use(member)
+            found += [net.score(*given) for given in batches]
+    assert net.captured is not None and all(one.graphs for one in net.captured.passes.values())
+    half = len(found) // 2
+    torch.testing.assert_close(found[half:], found[:half], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found[0], found[len(batches)], atol=1e-2), "members differ"
 
 
 def test_kinds_beyond_their_number_are_forgotten(tiny_causal, graphs, monkeypatch):

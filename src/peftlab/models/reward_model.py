@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 
 from ..data.tokenize import encode
 from ..errors import UserError
+from ..ops.masks import last_true
 from ..runs.checkpoint import whole_folder
 from .adapter_files import check_tensors, load_adapter, load_under, read_weights, write_peft
-from .adapters import Lora, activate, adapter_parameters, attach
-from .backbone import Backbone, last_states
+from .adapters import Lora, activate, adapter_parameters, attach, only
+from .backbone import Backbone, last_states, trunk
+from .captured import CapturedStates, capturable, padded
 from .catalog import resolve
 from .classifier import pad_right
 from .heads import ScalarHead, reward_head
@@ -39,6 +42,7 @@ class RewardNet(nn.Module):
     def __init__(self, model: Any, heads: Sequence[ScalarHead]) -> None:
         super().__init__()
         self.model, self.heads = model, nn.ModuleList(heads)
+        self.captured: CapturedStates | None = None
         self.to(next(model.parameters()).device).eval()
         self.use(0)
 
@@ -72,6 +76,20 @@ class RewardNet(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (B,), read at each row's last real token. Both inputs are (B, T), padded on either side."""
         scores: Tensor = self.heads[self.member](last_states(self.model, input_ids, attention_mask.bool()))
+        return scores
+
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`forward` without a gradient, on a GPU by CUDA graphs where they can hold the base's passes."""
+        device = input_ids.device
+        if self.captured is None and device.type == "cuda" and capturable(self.model.get_base_model()):
+            self.captured = CapturedStates(trunk(self.model), device)
+        if self.captured is None:
+            scores: Tensor = self(input_ids, attention_mask)
+            return scores
+        mask, name = attention_mask.bool(), member_name(self.member)
+        states = self.captured(input_ids, *padded(mask), name, partial(only, self.model, name))
+        scores = self.heads[self.member](states[torch.arange(len(states), device=device), last_true(mask)])
         return scores
 
     def train(self, mode: bool = True) -> Self:
@@ -160,7 +178,7 @@ class RewardModel:
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
                 batch = pad_right([rows[i] for i in part], self.tokenizer.pad_token_id)
-                found[part, member] = self.net(**{n: t.to(device) for n, t in batch.items()}).float().cpu()
+                found[part, member] = self.net.score(**{n: t.to(device) for n, t in batch.items()}).float().cpu()
         return found
 
     def scores(self, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64) -> Tensor:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels import kernels_of
+
 NEVER = -1e30  # a logit: finite, so that its product with a probability of 0 is 0
 ONES = 8  # columns of a bias: cuBLAS asks for rows of a multiple of 16 bytes
 
@@ -41,7 +43,12 @@ class SplitRows:
         self._last: tuple[Tensor, int, Tensor] | None = None
 
     def of(self, x: Tensor, bias: bool = False) -> Tensor:
-        """x (..., D), float32 -> (T, K), bfloat16: high, low, high, and ones for a bias to be multiplied by."""
+        """x (..., D), float32 -> (T, K), bfloat16: high, low, high, and ones for a bias to be multiplied by.
+
+        Of bfloat16 are rows that are in parts already.
+        """
+        if x.dtype == torch.bfloat16:
+            return x
         rows, wide = x.detach().reshape(-1, x.shape[-1]), 3 * x.shape[-1] + ONES * bias
         if self._last is not None:
             seen, version, parts = self._last
@@ -57,9 +64,12 @@ class SplitRows:
 
 def _rows(x: Tensor, wide: int) -> Tensor:
     width = x.shape[1]
+    kernels = kernels_of(x.device, torch.float32)
+    if kernels is not None:
+        return kernels.columns(x if x.stride(1) == 1 else x.contiguous(), ones=wide - 3 * width)
     parts = torch.empty(len(x), wide, dtype=torch.bfloat16, device=x.device)
     thrice = parts[:, : 3 * width].unflatten(1, (3, width))
-    thrice[:, ::2].copy_(x.unsqueeze(1))  # high twice by one kernel: in decoding it is kernels that count
+    thrice[:, ::2].copy_(x.unsqueeze(1))
     torch.sub(x, thrice[:, 0], out=thrice[:, 1])
     parts[:, 3 * width :].fill_(1.0)
     return parts

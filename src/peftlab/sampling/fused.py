@@ -1,8 +1,9 @@
 """The decoding step of known architectures in few kernels, for graphs on a GPU.
 
 A step at batch 256 is some hundred kernels of a few microseconds each: what counts is how many. Projections that read
-the same states are one matmul, residuals are added by the matmul that makes them, and logits land in a buffer whose
-rows are aligned. Results differ from transformers' by rounding alone.
+the same states are one matmul, residuals are added by the matmul that makes them, what lies between two of them is one
+kernel (`between.py`), and logits land in a buffer whose rows are aligned. Results differ from transformers' by rounding
+alone.
 
 Shapes: N tokens, one a row; H heads, G heads of keys and values, D width of a head, V vocabulary.
 """
@@ -16,20 +17,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.split import SplitHead, SplitWeight, splits_pay
+from ..ops.kernels import kernels_of
+from ..ops.split import ONES, SplitHead, SplitWeight, splits_pay
+from .between import Between, Fused, Plain, Rotary
 from .engine import known_step
 
-# (layer, query (N, H, D), keys and values (N, 2, G, D)) -> (N, H * D)
-Attend = Callable[[int, Tensor, Tensor], Tensor]
+# (layer, queries, keys and values (N, H + 2G, D), their rotation) -> rows (N, H * D) to be multiplied
+Attend = Callable[[int, Tensor, Rotary], Tensor]
 
 
 class FusedStep(Protocol):
     """States behind the last norm, (N, width), of tokens at positions (N,); `head` (V, width) makes logits of them."""
 
     layers: int
+    heads: int
     groups: int
     width: int
     head: Tensor
+    between: Between
 
     def refresh(self) -> None:
         """Follow weights that were written to."""
@@ -54,6 +59,9 @@ class Products:
         if weights[0].dtype == torch.float32 and splits_pay(weights[0].device):
             self.split = [SplitWeight(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             self.split_head = SplitHead(head)
+        kernels = kernels_of(head.device, head.dtype)
+        ones = ONES if self.split and self.split[0].biased else 0
+        self.between: Between = Plain() if kernels is None else Fused(kernels, ones)
 
     def refresh(self) -> None:
         """Follow weights that were written to."""
@@ -91,21 +99,21 @@ class FusedGpt2:
 
     def __init__(self, model: Any) -> None:
         self.body, self.head = model.transformer, model.lm_head.weight
-        self.layers, self.groups = len(self.body.h), model.config.n_head
-        self.width = model.config.n_embd // model.config.n_head
+        self.layers, self.heads = len(self.body.h), model.config.n_head
+        self.groups, self.width = self.heads, model.config.n_embd // self.heads
         own = [p for b in self.body.h for p in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
         weights = [layer.weight.detach().t() for layer in own]
         self.products = Products(model, self.head.detach(), weights, [layer.bias.detach() for layer in own])
-        self.refresh, self.logits = self.products.refresh, self.products.logits
+        self.refresh, self.logits, self.between = self.products.refresh, self.products.logits, self.products.between
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        body, products = self.body, self.products
+        body, products, between = self.body, self.products, self.between
         x = body.wte(tokens) + body.wpe(positions)
         for layer, block in enumerate(body.h):
             first = 4 * layer
-            parts = products(first, block.ln_1(x)).view(len(x), 3, self.groups, self.width)
-            products.add(first + 1, attend(layer, parts[:, 0], parts[:, 1:]), x)
-            hidden = F.gelu(products(first + 2, block.ln_2(x)), approximate="tanh")
+            made = products(first, between.norm(x, block.ln_1)).view(len(x), -1, self.width)
+            products.add(first + 1, attend(layer, made, None), x)
+            hidden = between.gelu(products(first + 2, between.norm(x, block.ln_2)))
             products.add(first + 3, hidden, x)
         states: Tensor = body.ln_f(x)
         return states
@@ -131,30 +139,22 @@ class FusedLlama:
             )
         ]
         self.products = Products(model, self.head.detach(), weights, [None] * len(weights))
-        self.refresh, self.logits = self.products.refresh, self.products.logits
+        self.refresh, self.logits, self.between = self.products.refresh, self.products.logits, self.products.between
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        body, products = self.body, self.products
+        body, products, between = self.body, self.products, self.between
         x = body.embed_tokens(tokens)
-        cos, sin = body.rotary_emb(x.unsqueeze(1), positions.unsqueeze(1))
+        cosine, sine = (part[:, 0] for part in body.rotary_emb(x.unsqueeze(1), positions.unsqueeze(1)))
         # The rotation takes (a, b) to (a cos - b sin, b cos + a sin): with the sign on the sine, b and a change places.
-        first, second = sin.chunk(2, -1)
-        sin, turned = torch.cat([-first, second], -1), self.heads + self.groups
+        first, second = sine.chunk(2, -1)
+        rotary = cosine.contiguous(), torch.cat([-first, second], -1)
         for layer, block in enumerate(body.layers):
             first = 4 * layer
-            parts = products(first, _norm(x, block.input_layernorm)).view(len(x), -1, self.width)
-            rotary = parts[:, :turned]
-            swapped = rotary.roll(self.width // 2, -1)
-            rotary.mul_(cos).addcmul_(swapped, sin)
-            pairs = parts[:, self.heads :].view(len(x), 2, self.groups, self.width)
-            products.add(first + 1, attend(layer, parts[:, : self.heads], pairs), x)
-            gate, up = products(first + 2, _norm(x, block.post_attention_layernorm)).chunk(2, -1)
-            products.add(first + 3, F.silu(gate).mul_(up), x)
-        return _norm(x, body.norm)
-
-
-def _norm(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+            made = products(first, between.norm(x, block.input_layernorm)).view(len(x), -1, self.width)
+            products.add(first + 1, attend(layer, made, rotary), x)
+            hidden = between.gated(products(first + 2, between.norm(x, block.post_attention_layernorm)))
+            products.add(first + 3, hidden, x)
+        return Plain().norm(x, body.norm)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.masks import UNSEEN
-from .attention import few_queries
+from .between import Rotary, rotated
 from .choice import BLOCK, Decoding, choose_in_blocks, row_uniforms
 from .fused import FusedStep
 from .slab import Slab, row_bucket, slot_bucket
@@ -75,7 +75,7 @@ class GraphedDecoder:
             if step == 0:
                 self._run((size, -prompt, choice), partial(self._read, slab, prompt, decoding))
             else:
-                seen = slot_bucket(prompt + step)
+                seen = self.step.between.seen(self.step.heads, slab.cache[0], slot_bucket(prompt + step))
                 self._run((size, seen, choice), partial(self._advance, slab, seen, decoding))
             yield slab.chosen[step, :rows], slab.logprobs[step, :rows]
             if eos_id is not None and (step + 1) % look_every == 0 and bool(slab.ended.all()):
@@ -87,7 +87,8 @@ class GraphedDecoder:
         hidden = slab.unseen[:, None, None, :prompt]
         hidden = torch.minimum(hidden, hidden.new_full((prompt, prompt), UNSEEN).triu(1))
 
-        def attend(layer: int, query: Tensor, pairs: Tensor) -> Tensor:
+        def attend(layer: int, made: Tensor, rotary: Rotary) -> Tensor:
+            query, pairs = rotated(made, groups, rotary)
             cache = slab.cache[layer, :, :, :, :prompt]
             cache.copy_(pairs.view(rows, prompt, 2, groups, width).permute(2, 0, 3, 1, 4))
             query = query.reshape(rows, prompt, groups, -1, width).permute(0, 2, 3, 1, 4)
@@ -103,14 +104,9 @@ class GraphedDecoder:
     def _advance(self, slab: Slab, seen: int, decoding: Decoding) -> None:
         """Read the last tokens, over the first `seen` slots, and choose the next."""
         slab.unseen.index_fill_(1, slab.slot, 0.0)
-        hidden = slab.unseen[:, None, None, :seen]
 
-        def attend(layer: int, query: Tensor, pairs: Tensor) -> Tensor:
-            slab.cache[layer].index_copy_(3, slab.slot, pairs.transpose(0, 1).unsqueeze(3))
-            keys, values = slab.cache[layer, :, :, :, :seen]
-            # Heads that share a key stand where positions would: no key is copied for each of them.
-            query = query.reshape(len(query), self.step.groups, -1, self.step.width)
-            return few_queries(query, keys, values, hidden).reshape(len(query), -1)
+        def attend(layer: int, made: Tensor, rotary: Rotary) -> Tensor:
+            return self.step.between.attend(made, rotary, slab.cache[layer], slab.unseen, slab.slot, seen)
 
         self._choose(slab, self.step(slab.tokens, slab.positions, attend), decoding)
 

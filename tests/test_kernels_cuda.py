@@ -1,0 +1,96 @@
+"""Our own kernels on a GPU: each makes what torch makes of the same, in parts of bfloat16 where states are float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftlab.ops.kernels import AS_IT_IS, kernels_of
+from peftlab.ops.masks import UNSEEN
+from peftlab.sampling.between import Fused, Plain
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICE = torch.device("cuda")
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[0, 8], ids=["bare", "ones"])
+def fused(request, dtype) -> Fused:
+    kernels = kernels_of(DEVICE, dtype)
+    assert kernels is not None
+    return Fused(kernels, request.param)
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def require_rows(made: Tensor, fused: Fused, expected: Tensor) -> None:
+    """`made` is the expected rows (N, D), in parts where they are float32, and columns of ones."""
+    parts, width = fused.kernels.parts, expected.shape[1]
+    assert made.dtype == torch.bfloat16 and made.shape == (len(expected), parts * width + fused.ones)
+    assert (made[:, parts * width :] == 1).all()
+    if parts == 1:
+        torch.testing.assert_close(made[:, :width].float(), expected.float(), atol=1e-2, rtol=2e-2)
+        return
+    high, low, again = made[:, : 3 * width].unflatten(1, (3, width)).unbind(1)
+    assert torch.equal(high, again)
+    torch.testing.assert_close(high.float(), expected, atol=1e-6, rtol=2**-8)
+    torch.testing.assert_close(high.float() + low.float(), expected, atol=1e-5, rtol=2**-15)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 4), (3, 37), (256, 576), (70, 3072)])
+def test_columns_and_norms_are_torchs(fused, dtype, rows, width):
+    plain, x = Plain(), drawn(rows, 2 * width, dtype=dtype) * 3
+    require_rows(fused.gated(x), fused, plain.gated(x.float()).to(dtype))
+    x = x[:, :width].contiguous()
+    require_rows(fused.gelu(x), fused, plain.gelu(x.float()).to(dtype))
+    layer, root = nn.LayerNorm(width).to(DEVICE, dtype), nn.RMSNorm(width).to(DEVICE, dtype)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    nn.init.normal_(root.weight)
+    root.variance_epsilon = 1e-6
+    for norm in (layer, root):
+        require_rows(fused.norm(x, norm), fused, plain.norm(x, norm))
+
+
+def test_rows_that_stand_apart_are_split(fused, dtype):
+    x = drawn(5, 50, dtype=dtype)[:, 7:40]
+    require_rows(fused.kernels.columns(x, AS_IT_IS, fused.ones), fused, x)
+    for wrong in (torch.inf, -torch.inf, torch.nan):
+        made = fused.kernels.columns(torch.full((1, 3), wrong, device=DEVICE, dtype=dtype))
+        assert torch.equal(made[:, :3].float().isnan(), torch.full((1, 3), wrong != wrong, device=DEVICE))
+
+
+@pytest.mark.parametrize("heads, groups, width, rotary", [(12, 12, 64, False), (9, 3, 64, True), (2, 1, 10, True)])
+@pytest.mark.parametrize("slots, at", [(32, 0), (96, 40), (1024, 1023)])
+def test_a_token_attends_to_the_slots_up_to_its_own(fused, dtype, heads, groups, width, rotary, slots, at):
+    rows, plain = 6, Plain()
+    x = drawn(rows, heads + 2 * groups, width, dtype=dtype)
+    cache = drawn(2, rows, groups, slots, width, dtype=dtype, seed=1)
+    cosine, sine = (drawn(rows, width, dtype=dtype, seed=seed) for seed in (2, 3))
+    unseen = torch.full((rows, slots), UNSEEN, device=DEVICE, dtype=dtype)
+    for row in range(rows):
+        unseen[row, row % (at + 1) : at + 1] = 0
+    slot, turned = torch.tensor([at], device=DEVICE), (cosine, sine) if rotary else None
+    exact_cache = cache.float()
+    given = None if turned is None else (cosine.float(), sine.float())
+    expected = plain.attend(x.float(), given, exact_cache, unseen.float(), slot, slots)
+    assert fused.seen(heads, cache, 32) == slots
+    require_rows(fused.attend(x.clone(), turned, cache, unseen, slot, 32), fused, expected.to(dtype))
+    torch.testing.assert_close(cache.float(), exact_cache, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+
+
+def test_a_cache_too_long_for_a_block_is_attended_to_by_torch(fused, dtype):
+    slots, heads = 8192, 9
+    x, cache = drawn(2, heads + 2, 16, dtype=dtype), torch.zeros(2, 2, 1, slots, 16, device=DEVICE, dtype=dtype)
+    unseen = torch.full((2, slots), UNSEEN, device=DEVICE, dtype=dtype)
+    unseen[:, 5] = 0
+    made = fused.attend(x, None, cache, unseen, torch.tensor([5], device=DEVICE), 32)
+    assert fused.seen(heads, cache, 32) == 32
+    torch.testing.assert_close(made, x[:, heads + 1 :].expand(2, heads, 16).reshape(2, -1), atol=1e-5, rtol=1e-2)
