@@ -1,12 +1,20 @@
 // Between the matrix products of a pass: one kernel each. Compiled at run time with these defined:
 //   T      what states are: float, or unsigned short (the bits of a bfloat16)
 //   PARTS  3: what is made goes out as high, low and high part, each bfloat16 (split.py); 1: as one bfloat16
-// A row that is made has `wide` numbers: PARTS times its width, then ones, by which a bias is multiplied.
+//   EACH, WIDTH, THREADS  of `attend`: queries that share a key, the width of a head, the threads of a block
+// A row that is made has `wide` numbers: PARTS times its width, then ones, by which a bias is multiplied. Widths are
+// multiples of 4, and rows begin at multiples of 16 bytes.
 
 typedef unsigned short half_t;
 
 __device__ __forceinline__ float wider(float x) { return x; }
 __device__ __forceinline__ float wider(half_t x) { return __uint_as_float((unsigned int)x << 16); }
+
+__device__ __forceinline__ float4 four(const float* x) { return *(const float4*)x; }
+__device__ __forceinline__ float4 four(const half_t* x) {
+    ushort4 bits = *(const ushort4*)x;
+    return make_float4(wider(bits.x), wider(bits.y), wider(bits.z), wider(bits.w));
+}
 
 // To the nearest, ties to even, as torch rounds.
 __device__ __forceinline__ half_t rounded(float x) {
@@ -17,35 +25,40 @@ __device__ __forceinline__ half_t rounded(float x) {
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(half_t* to, float x) { *to = rounded(x); }
 
-__device__ __forceinline__ void put(half_t* row, int column, int width, float x) {
-    half_t high = rounded(x);
-    row[column] = high;
+// Four columns of a row, and the ones behind the last, by whoever has the first.
+__device__ __forceinline__ void put(half_t* row, int column, int width, int wide, float4 x) {
+    ushort4 high = make_ushort4(rounded(x.x), rounded(x.y), rounded(x.z), rounded(x.w));
+    *(ushort4*)(row + column) = high;
     if (PARTS == 3) {
-        row[column + width] = rounded(x - wider(high));
-        row[column + 2 * width] = high;
+        *(ushort4*)(row + column + width) =
+            make_ushort4(rounded(x.x - wider(high.x)), rounded(x.y - wider(high.y)),
+                         rounded(x.z - wider(high.z)), rounded(x.w - wider(high.w)));
+        *(ushort4*)(row + column + 2 * width) = high;
+    }
+    if (column == 0) {
+        for (int at = PARTS * width; at < wide; ++at) row[at] = 0x3f80;
     }
 }
 
-__device__ __forceinline__ void put_ones(half_t* row, int column, int width, int wide) {
-    int at = PARTS * width + column;
-    if (at < wide) row[at] = 0x3f80;
+__device__ __forceinline__ float gelu(float x) {
+    return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 
-// Each column of a row by itself. made: 0 as it is, 1 gelu (tanh), 2 silu of the first half times the second.
-// Grid (rows, ceil(width / threads)).
-extern "C" __global__ void columns(const T* x, half_t* to, int stride, int width, int wide, int made) {
-    int column = blockIdx.y * blockDim.x + threadIdx.x;
-    const T* own = x + (long long)blockIdx.x * stride;
-    half_t* row = to + (long long)blockIdx.x * wide;
-    if (blockIdx.y == 0) put_ones(row, threadIdx.x, width, wide);
-    if (column >= width) return;
-    float value = wider(own[column]);
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+// Each column by itself. made: 0 as it is, 1 its gelu (tanh), 2 the silu of the first half times the second.
+extern "C" __global__ void columns(const T* x, half_t* to, int rows, int stride, int width, int wide, int made) {
+    int at = blockIdx.x * blockDim.x + threadIdx.x, row = at / (width / 4), column = 4 * (at % (width / 4));
+    if (row >= rows) return;
+    const T* own = x + (long long)row * stride + column;
+    float4 value = four(own);
     if (made == 1) {
-        value = 0.5f * value * (1.0f + tanhf(0.7978845608028654f * (value + 0.044715f * value * value * value)));
+        value = make_float4(gelu(value.x), gelu(value.y), gelu(value.z), gelu(value.w));
     } else if (made == 2) {
-        value = value / (1.0f + expf(-value)) * wider(own[column + width]);
+        float4 by = four(own + width);
+        value = make_float4(silu(value.x) * by.x, silu(value.y) * by.y, silu(value.z) * by.z, silu(value.w) * by.w);
     }
-    put(row, column, width, value);
+    put(to + (long long)row * wide, column, width, wide, value);
 }
 
 __device__ float summed(float x, float* shared) {
@@ -58,78 +71,97 @@ __device__ float summed(float x, float* shared) {
     return x;
 }
 
-// The norm of rows that lie one behind the other: LayerNorm where there is a bias (centred), else RMSNorm. Grid (rows).
+// The norm of rows that lie one behind the other: LayerNorm where it is `centred`, with a bias, else RMSNorm.
+// Grid (rows).
 extern "C" __global__ void norms(const T* x, const T* weight, const T* bias, half_t* to, int width, int wide,
                                  int centred, double epsilon) {
     __shared__ float shared[32];
     const T* own = x + (long long)blockIdx.x * width;
-    half_t* row = to + (long long)blockIdx.x * wide;
+    const int first = 4 * threadIdx.x, next = 4 * blockDim.x;
     float mean = 0, sum = 0;
     if (centred) {
-        for (int i = threadIdx.x; i < width; i += blockDim.x) sum += wider(own[i]);
+        for (int i = first; i < width; i += next) {
+            float4 v = four(own + i);
+            sum += v.x + v.y + v.z + v.w;
+        }
         mean = summed(sum, shared) / width;
         sum = 0;
     }
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float off = wider(own[i]) - mean;
-        sum += off * off;
+    for (int i = first; i < width; i += next) {
+        float4 v = four(own + i);
+        v.x -= mean, v.y -= mean, v.z -= mean, v.w -= mean;
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
     }
     float scale = 1.0f / sqrtf(summed(sum, shared) / width + (float)epsilon);
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float value = (wider(own[i]) - mean) * scale * wider(weight[i]);
-        put(row, i, width, centred ? value + wider(bias[i]) : value);
+    for (int i = first; i < width; i += next) {
+        float4 v = four(own + i), by = four(weight + i), more = make_float4(0, 0, 0, 0);
+        if (centred) more = four(bias + i);
+        v.x = (v.x - mean) * scale * by.x + more.x, v.y = (v.y - mean) * scale * by.y + more.y;
+        v.z = (v.z - mean) * scale * by.z + more.z, v.w = (v.w - mean) * scale * by.w + more.w;
+        put(to + (long long)blockIdx.x * wide, i, width, wide, v);
     }
-    put_ones(row, threadIdx.x, width, wide);
 }
+
+#ifdef EACH
+#define LANES (WIDTH / 4)         // of a value, four numbers each
+#define SHARES (THREADS / LANES)  // of the slots, whose values are added up side by side
 
 // One token a row over what lies in the cache: queries and keys are rotated where `rotary`, keys and values written to
 // slot `*slot`, and all slots up to it attended to. Grid (rows, groups); a block has the queries of one group.
-//   x        (rows, heads + 2 groups, width): queries, keys, values
-//   cosine, sine (rows, width), the first half of the sine negative
-//   cache    (2, rows, groups, slots, width) keys and values
+//   x        (rows, heads + 2 groups, WIDTH): queries, keys, values
+//   cosine, sine (rows, WIDTH), the first half of the sine negative
+//   cache    (2, rows, groups, slots, WIDTH) keys and values
 //   unseen   (rows, slots), added to the scores
-// Shared: queries of a group, and a score for each of them and each slot.
+// Shared: EACH queries, SHARES sums for each, and a score for each of them and each slot.
 extern "C" __global__ void attend(const T* x, const T* cosine, const T* sine, T* cache, const T* unseen,
-                                  const long long* slot, half_t* to, int heads, int slots, int width, int wide,
-                                  int rotary) {
-    extern __shared__ float shared[];
-    const int rows = gridDim.x, groups = gridDim.y, row = blockIdx.x, group = blockIdx.y, each = heads / groups;
-    const int at = (int)*slot, seen = at + 1, threads = blockDim.x;
-    float *queries = shared, *scores = shared + each * width;
-    const T* own = x + (long long)row * (heads + 2 * groups) * width;
-    T* keys = cache + ((long long)row * groups + group) * slots * width;
-    T* values = keys + (long long)rows * groups * slots * width;
-    const float scale = 1.0f / sqrtf((float)width);
+                                  const long long* slot, half_t* to, int slots, int wide, int rotary) {
+    extern __shared__ float4 shared[];
+    float *queries = (float*)shared, *sums = queries + EACH * WIDTH, *scores = sums + SHARES * EACH * WIDTH;
+    const int rows = gridDim.x, groups = gridDim.y, row = blockIdx.x, group = blockIdx.y, heads = groups * EACH;
+    const int at = (int)*slot, seen = at + 1;
+    const T* own = x + (long long)row * (heads + 2 * groups) * WIDTH;
+    T* keys = cache + ((long long)row * groups + group) * slots * WIDTH;
+    T* values = keys + (long long)rows * groups * slots * WIDTH;
 
-    for (int i = threadIdx.x; i < (each + 2) * width; i += threads) {
-        int which = i / width, d = i % width;
-        const T* one = own + (which < each ? group * each + which : heads + (which - each) * groups + group) * width;
+    for (int i = threadIdx.x; i < (EACH + 2) * WIDTH; i += THREADS) {
+        int which = i / WIDTH, d = i % WIDTH;
+        const T* one = own + (which < EACH ? group * EACH + which : heads + (which - EACH) * groups + group) * WIDTH;
         float value = wider(one[d]);
-        if (rotary && which <= each) {
-            value = value * wider(cosine[row * width + d])
-                  + wider(one[(d + width / 2) % width]) * wider(sine[row * width + d]);
+        if (rotary && which <= EACH) {
+            value = value * wider(cosine[row * WIDTH + d])
+                  + wider(one[(d + WIDTH / 2) % WIDTH]) * wider(sine[row * WIDTH + d]);
         }
-        if (which < each) queries[i] = value * scale;
-        else store((which == each ? keys : values) + at * width + d, value);
+        if (which < EACH) queries[i] = value * (1.0f / sqrtf((float)WIDTH));
+        else store((which == EACH ? keys : values) + at * WIDTH + d, value);
     }
     __syncthreads();
 
-    // Eight lanes to a key.
-    const int lane = threadIdx.x % 8;
-    const unsigned int lanes = 0xffu << (threadIdx.x % 32 / 8 * 8);
-    for (int s = threadIdx.x / 8; s < seen; s += threads / 8) {
-        float added = wider(unseen[(long long)row * slots + s]);
-        for (int q = 0; q < each; ++q) {
-            float score = 0;
-            for (int d = lane; d < width; d += 8) score += queries[q * width + d] * wider(keys[s * width + d]);
-            for (int apart = 4; apart; apart >>= 1) score += __shfl_xor_sync(lanes, score, apart);
-            if (lane == 0) scores[q * slots + s] = score + added;
+    // Four lanes to a key.
+    const int lane = threadIdx.x % 4;
+    const unsigned int lanes = 0xfu << (threadIdx.x % 32 / 4 * 4);
+#pragma unroll 2
+    for (int s = threadIdx.x / 4; s < seen; s += THREADS / 4) {
+        float added = wider(unseen[(long long)row * slots + s]), dots[EACH] = {};
+#pragma unroll
+        for (int d = 4 * lane; d < WIDTH; d += 16) {
+            float4 key = four(keys + s * WIDTH + d);
+#pragma unroll
+            for (int q = 0; q < EACH; ++q) {
+                float4 by = *(float4*)(queries + q * WIDTH + d);
+                dots[q] += by.x * key.x + by.y * key.y + by.z * key.z + by.w * key.w;
+            }
+        }
+#pragma unroll
+        for (int q = 0; q < EACH; ++q) {
+            dots[q] += __shfl_xor_sync(lanes, dots[q], 2);
+            dots[q] += __shfl_xor_sync(lanes, dots[q], 1);
+            if (lane == 0) scores[q * slots + s] = dots[q] + added;
         }
     }
     __syncthreads();
 
     // A warp to a query.
-    for (int q = threadIdx.x / 32; q < each; q += threads / 32) {
+    for (int q = threadIdx.x / 32; q < EACH; q += THREADS / 32) {
         float most = -3.0e38f, total = 0;
         float* own_scores = scores + q * slots;
         for (int s = threadIdx.x % 32; s < seen; s += 32) most = fmaxf(most, own_scores[s]);
@@ -140,14 +172,29 @@ extern "C" __global__ void attend(const T* x, const T* cosine, const T* sine, T*
     }
     __syncthreads();
 
-    half_t* out = to + (long long)row * wide;
-    for (int i = threadIdx.x; i < each * width; i += threads) {
-        const float* own_scores = scores + i / width * slots;
-        const T* value = values + i % width;
-        float mixed = 0;
-#pragma unroll 8
-        for (int s = 0; s < seen; ++s) mixed += own_scores[s] * wider(value[s * width]);
-        put(out, group * each * width + i, heads * width, mixed);
+    const int column = threadIdx.x % LANES, share = threadIdx.x / LANES;
+    if (share < SHARES) {
+        float4 mixed[EACH] = {};
+#pragma unroll 4
+        for (int s = share; s < seen; s += SHARES) {
+            float4 value = four(values + s * WIDTH + 4 * column);
+#pragma unroll
+            for (int q = 0; q < EACH; ++q) {
+                float by = scores[q * slots + s];
+                mixed[q].x += by * value.x, mixed[q].y += by * value.y;
+                mixed[q].z += by * value.z, mixed[q].w += by * value.w;
+            }
+        }
+        for (int q = 0; q < EACH; ++q) *(float4*)(sums + (share * EACH + q) * WIDTH + 4 * column) = mixed[q];
     }
-    if (group == 0) put_ones(out, threadIdx.x, heads * width, wide);
+    __syncthreads();
+    for (int i = 4 * threadIdx.x; i < EACH * WIDTH; i += 4 * THREADS) {
+        float4 all = *(float4*)(sums + i);
+        for (int share = 1; share < SHARES; ++share) {
+            float4 one = *(float4*)(sums + share * EACH * WIDTH + i);
+            all.x += one.x, all.y += one.y, all.z += one.z, all.w += one.w;
+        }
+        put(to + (long long)row * wide, group * EACH * WIDTH + i, heads * WIDTH, wide, all);
+    }
 }
+#endif

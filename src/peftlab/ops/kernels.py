@@ -17,32 +17,26 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-THREADS = 128
+THREADS = 256
 SHARED = 48 << 10  # bytes of its own that any block may ask for
 AS_IT_IS, GELU, GATED = range(3)
 
 
 class Kernels:
-    """The kernels of one device for states of one dtype, float32 or bfloat16. All tensors are contiguous in their last
-    dimension and lie on it."""
+    """The kernels of one device for states of one dtype, float32 or bfloat16, whose rows are `fitting`."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.parts = 3 if dtype == torch.float32 else 1
-        state = "float" if self.parts == 3 else "unsigned short"
-        code = Path(__file__).with_name("kernels.cu").read_text()
-        source = f"typedef {state} T;\n#define PARTS {self.parts}\n{code}"
-        with torch.cuda.device(device):
-            self._columns, self._norms, self._attend = (
-                _compiled(source, name) for name in ("columns", "norms", "attend")
-            )
+        self._columns, self._norms = self._compiled("columns"), self._compiled("norms")
+        self._attends: dict[tuple[int, int], Any] = {}
 
     def columns(self, x: Tensor, made: int = AS_IT_IS, ones: int = 0) -> Tensor:
         """x (N, D), its GELU (tanh), or of (N, 2D) the SiLU of the first half times the second -> (N, K)."""
         width = x.shape[1] // 2 if made == GATED else x.shape[1]
         out = self._rows(len(x), width, ones)
-        grid = len(x), -(-width // THREADS), 1
-        self._launch(self._columns, grid, THREADS, 0, x, out, x.stride(0), width, out.shape[1], made)
+        grid = -(-x.shape[0] * width // (4 * THREADS)), 1, 1
+        self._launch(self._columns, grid, THREADS, 0, x, out, len(x), x.stride(0), width, out.shape[1], made)
         return out
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, ones: int = 0) -> Tensor:
@@ -50,13 +44,15 @@ class Kernels:
         rows, width = x.shape
         out = self._rows(rows, width, ones)
         centred = bias is not None
+        threads = min(THREADS, -(-width // 128) * 32)
         given = x, weight, weight if bias is None else bias, out, width, out.shape[1], int(centred), epsilon
-        self._launch(self._norms, (rows, 1, 1), THREADS, 0, *given)
+        self._launch(self._norms, (rows, 1, 1), threads, 0, *given)
         return out
 
     def holds(self, heads: int, groups: int, slots: int, width: int) -> bool:
-        """Whether `attend` has room for so many slots."""
-        return heads // groups * (width + slots) * 4 <= SHARED
+        """Whether `attend` takes such heads, and has room for so many slots."""
+        each = heads // groups
+        return width % 4 == 0 and width <= 256 and each <= 16 and _shared(each, width, slots) <= SHARED
 
     def attend(
         self,
@@ -74,28 +70,49 @@ class Kernels:
         """
         _, rows, groups, slots, width = cache.shape
         heads = x.shape[1] - 2 * groups
-        out = self._rows(rows, heads * width, ones)
         each = heads // groups
+        if (each, width) not in self._attends:
+            sizes = f"#define EACH {each}\n#define WIDTH {width}\n#define THREADS {_threads(each)}\n"
+            self._attends[each, width] = self._compiled("attend", sizes)
+        out = self._rows(rows, heads * width, ones)
         cosine, sine = rotary or (x, x)
-        threads = min(256, max(64, -(-each * width // 32) * 32))
-        given = x, cosine, sine, cache, unseen, slot, out, heads, slots, width, out.shape[1], int(rotary is not None)
-        self._launch(self._attend, (rows, groups, 1), threads, each * (width + slots) * 4, *given)
+        given = x, cosine, sine, cache, unseen, slot, out, slots, out.shape[1], int(rotary is not None)
+        shared = _shared(each, width, slots)
+        self._launch(self._attends[each, width], (rows, groups, 1), _threads(each), shared, *given)
         return out
 
     def _rows(self, rows: int, width: int, ones: int) -> Tensor:
         return torch.empty(rows, self.parts * width + ones, dtype=torch.bfloat16, device=self.device)
+
+    def _compiled(self, name: str, sizes: str = "") -> Any:
+        from torch.utils import cpp_extension
+
+        state = "float" if self.parts == 3 else "unsigned short"
+        code = Path(__file__).with_name("kernels.cu").read_text()
+        source = f"typedef {state} T;\n#define PARTS {self.parts}\n{sizes}{code}"
+        # torch asks for the headers of a toolkit, which these kernels do without.
+        with torch.cuda.device(self.device), patch.object(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME or ""):
+            return torch.cuda._compile_kernel(source, name)
 
     def _launch(self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, *given: Any) -> None:
         with torch.cuda.device(self.device):
             kernel(grid, (threads, 1, 1), list(given), shared)
 
 
-def _compiled(source: str, name: str) -> Any:
-    from torch.utils import cpp_extension
+def fitting(x: Tensor) -> bool:
+    """Whether four numbers of a row of x (N, D) may be read at once."""
+    return x.stride(1) == 1 and x.shape[1] % 4 == 0 and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0
 
-    # torch asks for the headers of a toolkit, which these kernels do without.
-    with patch.object(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME or ""):
-        return torch.cuda._compile_kernel(source, name)
+
+def _threads(each: int) -> int:
+    """Threads of a block that attends: more of them wait for no more memory where a key has one query."""
+    return 64 if each == 1 else 128
+
+
+def _shared(each: int, width: int, slots: int) -> int:
+    """Bytes of such a block: its queries, as many sums of each as add up side by side, and all scores."""
+    shares = _threads(each) // (width // 4)
+    return 4 * each * ((1 + shares) * width + slots)
 
 
 @cache

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import kernels_of
+from .kernels import fitting, kernels_of
 
 NEVER = -1e30  # a logit: finite, so that its product with a probability of 0 is 0
 ONES = 8  # columns of a bias: cuBLAS asks for rows of a multiple of 16 bytes
@@ -65,8 +65,8 @@ class SplitRows:
 def _rows(x: Tensor, wide: int) -> Tensor:
     width = x.shape[1]
     kernels = kernels_of(x.device, torch.float32)
-    if kernels is not None:
-        return kernels.columns(x if x.stride(1) == 1 else x.contiguous(), ones=wide - 3 * width)
+    if kernels is not None and fitting(x):
+        return kernels.columns(x, ones=wide - 3 * width)
     parts = torch.empty(len(x), wide, dtype=torch.bfloat16, device=x.device)
     thrice = parts[:, : 3 * width].unflatten(1, (3, width))
     thrice[:, ::2].copy_(x.unsqueeze(1))

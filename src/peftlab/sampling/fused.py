@@ -60,8 +60,9 @@ class Products:
             self.split = [SplitWeight(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             self.split_head = SplitHead(head)
         kernels = kernels_of(head.device, head.dtype)
+        whole = all(size % 4 == 0 for weight in weights for size in weight.shape)
         ones = ONES if self.split and self.split[0].biased else 0
-        self.between: Between = Plain() if kernels is None else Fused(kernels, ones)
+        self.between: Between = Fused(kernels, ones) if kernels is not None and whole else Plain()
 
     def refresh(self) -> None:
         """Follow weights that were written to."""
