@@ -68,7 +68,9 @@ def test_rows_that_stand_apart_are_split(fused, dtype):
         assert torch.equal(made[:, :4].float().isnan(), torch.full((1, 4), wrong != wrong, device=DEVICE))
 
 
-@pytest.mark.parametrize("heads, groups, width, rotary", [(12, 12, 64, False), (9, 3, 64, True), (2, 1, 12, True), (5, 1, 44, True)])
+@pytest.mark.parametrize(
+    "heads, groups, width, rotary", [(12, 12, 64, False), (9, 3, 64, True), (2, 1, 12, True), (5, 1, 44, True)]
+)
 @pytest.mark.parametrize("slots, at", [(32, 0), (96, 40), (1024, 1023)])
 def test_a_token_attends_to_the_slots_up_to_its_own(fused, dtype, heads, groups, width, rotary, slots, at):
     rows, plain = 6, Plain()
