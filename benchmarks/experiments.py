@@ -1,4 +1,4 @@
-"""The experiments behind the README's figures and LOG.md: grids of the lab's own commands, spread over GPUs.
+"""The experiments behind docs/results.md and LOG.md: grids of the lab's own commands, spread over GPUs.
 
     python benchmarks/experiments.py NAME [--gpus 0,1] [--per-gpu 4] [--only WORD,WORD] [--dry-run]
 
