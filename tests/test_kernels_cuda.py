@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftlab.ops.kernels import AS_IT_IS, fitting, kernels_of
+from peftlab.ops.kernels import fitting, kernels_of
 from peftlab.ops.masks import UNSEEN
 from peftlab.sampling.between import Fused, Plain
 
@@ -62,9 +62,9 @@ def test_columns_and_norms_are_torchs(fused, dtype, rows, width):
 def test_rows_that_stand_apart_are_split(fused, dtype):
     x = drawn(5, 52, dtype=dtype)[:, 8:44]
     assert fitting(x) and not any(fitting(other) for other in (x[:, 1:5], x[:, :7], x.t(), x[:, :4].reshape(4, 5)))
-    require_rows(fused.kernels.columns(x, AS_IT_IS, fused.ones), fused, x)
+    require_rows(fused.rows(x), fused, x)
     for wrong in (torch.inf, -torch.inf, torch.nan):
-        made = fused.kernels.columns(torch.full((1, 4), wrong, device=DEVICE, dtype=dtype))
+        made = fused.rows(torch.full((1, 4), wrong, device=DEVICE, dtype=dtype))
         assert torch.equal(made[:, :4].float().isnan(), torch.full((1, 4), wrong != wrong, device=DEVICE))
 
 
@@ -96,4 +96,4 @@ def test_what_its_kernel_does_not_take_is_attended_to_by_torch(fused, dtype, slo
     unseen[:, 5] = 0
     made = fused.attend(x, None, cache, unseen, torch.tensor([5], device=DEVICE), 32)
     assert fused.seen(heads, cache, 32) == 32
-    torch.testing.assert_close(made, x[:, heads + 1 :].expand(2, heads, width).reshape(2, -1), atol=1e-5, rtol=1e-2)
+    require_rows(made, fused, x[:, heads + 1 :].expand(2, heads, width).reshape(2, -1))

@@ -148,3 +148,14 @@ def test_what_is_not_short_float32_rows_with_a_mask_goes_to_sdpa(monkeypatch):
         assert attention(torch.nn.Module(), query, key, key, mask, **given) == "sdpa", what
     assert attention(torch.nn.Module(), x, x, x, seen)[0].shape == (1, 4, 2, 8)
     assert ATTENTION in lean_module.ALL_ATTENTION_FUNCTIONS
+
+
+def test_lean_attention_with_a_cache_is_transformers(tiny_causal):
+    model, _ = tiny_causal("llama")
+    given = {"input_ids": IDS, "attention_mask": MASK, "position_ids": position_ids(MASK)}
+    expected = model(**given, use_cache=True)
+    keep_less(model)
+    made = model(**given, use_cache=True)
+    torch.testing.assert_close(made.logits[MASK], expected.logits[MASK])
+    for one, other in zip(made.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close((one.keys, one.values), (other.keys, other.values))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from ..ops.masks import UNSEEN
 from ..ops.split import in_tf32
@@ -44,6 +44,8 @@ def keep_less(model: nn.Module) -> None:
             module.register_forward_hook(_remember)
         elif type(module) is LlamaMLP and module.config.hidden_act == "silu":
             module.__class__ = LeanMLP
+        elif type(module) is LlamaAttention:
+            module.__class__ = LeanAttention
 
 
 def recompute(x: Tensor) -> Recompute:
@@ -96,6 +98,61 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+class LeanAttention(LlamaAttention):
+    """The attention of a Llama-class model, which turns queries and keys in half the kernels."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **given: Any,
+    ) -> tuple[Tensor, Any]:
+        if past_key_values is not None or position_embeddings is None:
+            made: tuple[Tensor, Any] = super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **given
+            )
+            return made
+        shape = *hidden_states.shape[:-1], -1, self.head_dim
+        cosine, sine = (part.unsqueeze(1) for part in position_embeddings)
+        query, key = (_Rotated.apply(of(hidden_states).view(shape), cosine, sine) for of in (self.q_proj, self.k_proj))
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        attend: Any = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **given
+        )
+        return self.o_proj(mixed.reshape(*shape[:-2], -1)), weights
+
+
+class _Rotated(torch.autograd.Function):
+    """(a, b) -> (a cos - b sin, b cos + a sin) of the halves of x (B, T, H, D), as (B, H, T, D) without gaps.
+
+    cosine, sine (B, 1, T, D), whose halves are equal (RoPE, Su et al. 2021).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotated(x.transpose(1, 2), cosine, sine, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = (part.transpose(1, 2) for part in ctx.saved_tensors)
+        return _rotated(gradient.transpose(1, 2), cosine, sine, -1.0), None, None
+
+
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, sign: float) -> Tensor:
+    turned = torch.mul(x, cosine, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    first, second = x.chunk(2, -1)
+    sine = sine.chunk(2, -1)[0]
+    for half, by, value in zip(turned.chunk(2, -1), (second, first), (-sign, sign), strict=True):
+        half.addcmul_(by, sine, value=value)
+    return turned
 
 
 def attention(

@@ -76,12 +76,15 @@ def _rows(x: Tensor, wide: int) -> Tensor:
 
 
 class SplitWeight:
-    """A weight (E, D), and bias (E,), of float32, in parts that `SplitRows.of` are multiplied by."""
+    """A weight (E, D), and bias (E,), of float32, in parts that `SplitRows.of` are multiplied by.
+
+    One of bfloat16 is its only part; rows for it are in parts already.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, rows: SplitRows | None = None) -> None:
-        self.rows = rows or SplitRows()
+        self.rows, self.dtype = rows or SplitRows(), weight.dtype
         self.biased = bias is not None
-        wide = 3 * weight.shape[1] + ONES * self.biased
+        wide = (3 if self.dtype == torch.float32 else 1) * weight.shape[1] + ONES * self.biased
         self.columns = torch.zeros(len(weight), wide, dtype=torch.bfloat16, device=weight.device)
         self.renew(weight, bias)
 
@@ -93,23 +96,25 @@ class SplitWeight:
     @torch.no_grad()
     def renew(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take other values, in place."""
-        high, again, low, ones = self.columns.tensor_split([n * weight.shape[1] for n in (1, 2, 3)], 1)
-        high.copy_(weight)
-        again.copy_(high)
-        torch.sub(weight, high, out=low)
+        width = weight.shape[1]
+        high = self.columns[:, :width].copy_(weight)
+        if self.dtype == torch.float32:
+            self.columns[:, width : 2 * width] = high
+            torch.sub(weight, high, out=self.columns[:, 2 * width : 3 * width])
         if bias is not None:
+            ones = self.columns[:, -ONES:]
             ones[:, 0] = bias
             torch.sub(bias, ones[:, 0], out=ones[:, 1])
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x W^T + b, (..., D) -> (..., E), float32. Without a gradient. `out` (T, E) takes it."""
+        """x W^T + b, (..., D) -> (..., E), in the weight's dtype. Without a gradient. `out` (T, E) takes it."""
         parts, columns = self.rows.of(x, self.biased), self.columns.t()
         if parts.device.type != "cuda":
             made = torch.mm(parts.float(), columns.float(), out=out)
         elif out is None:
-            made = torch.mm(parts, columns, out_dtype=torch.float32)
+            made = torch.mm(parts, columns, out_dtype=self.dtype)
         else:
-            made = torch.mm(parts, columns, out_dtype=torch.float32, out=out)
+            made = torch.mm(parts, columns, out_dtype=self.dtype, out=out)
         return made.view(*x.shape[:-1], -1)
 
     def add(self, x: Tensor, to: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ class SplitWeight:
         parts, columns = self.rows.of(x, self.biased), self.columns.t()
         if parts.device.type != "cuda":
             return to.addmm_(parts.float(), columns.float())
-        return torch.addmm(to, parts, columns, out_dtype=torch.float32, out=to)
+        return torch.addmm(to, parts, columns, out_dtype=self.dtype, out=to)
 
 
 def aligned(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.kernels import GATED, GELU, Kernels
+from ..ops.kernels import AS_IT_IS, GATED, GELU, Kernels
 from .attention import few_queries
 
 Rotary = tuple[Tensor, Tensor] | None  # cosines and sines, each (N, D), the first half of the sines negative
@@ -18,6 +18,9 @@ Rotary = tuple[Tensor, Tensor] | None  # cosines and sines, each (N, D), the fir
 
 class Between(Protocol):
     """What each method makes is rows to be multiplied by a weight."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x (N, width) itself."""
 
     def norm(self, x: Tensor, norm: Any) -> Tensor:
         """The norm of x (N, width) by a module."""
@@ -38,6 +41,9 @@ class Between(Protocol):
 
 class Plain:
     """By torch."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x
 
     def norm(self, x: Tensor, norm: Any) -> Tensor:
         if isinstance(norm, nn.LayerNorm):
@@ -71,6 +77,9 @@ class Fused(Plain):
     def __init__(self, kernels: Kernels, ones: int) -> None:
         self.kernels, self.ones = kernels, ones
 
+    def rows(self, x: Tensor) -> Tensor:
+        return self.kernels.columns(x, AS_IT_IS, self.ones)
+
     def norm(self, x: Tensor, norm: Any) -> Tensor:
         if isinstance(norm, nn.LayerNorm):
             return self.kernels.norm(x, norm.weight, norm.bias, norm.eps, self.ones)
@@ -91,7 +100,7 @@ class Fused(Plain):
         _, _, groups, slots, width = cache.shape
         if self.kernels.holds(x.shape[1] - 2 * groups, groups, slots, width):
             return self.kernels.attend(x, rotary, cache, unseen, slot, self.ones)
-        return super().attend(x, rotary, cache, unseen, slot, seen)
+        return self.rows(super().attend(x, rotary, cache, unseen, slot, seen))
 
 
 def rotated(x: Tensor, groups: int, rotary: Rotary) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,8 @@ Attend = Callable[[int, Tensor, Rotary], Tensor]
 
 
 class FusedStep(Protocol):
-    """States behind the last norm, (N, width), of tokens at positions (N,); `head` (V, width) makes logits of them."""
+    """States behind the last norm, rows (N, K) to be multiplied, of tokens at positions (N,); `head` (V, width) makes
+    logits of them."""
 
     layers: int
     heads: int
@@ -46,7 +47,10 @@ class FusedStep(Protocol):
 
 
 class Products:
-    """Products with a model's weights (E, D) and its head (V, D): as they lie, or in parts where that is sooner."""
+    """Products with a model's weights (E, D) and its head (V, D): as they lie, or in parts where that is sooner.
+
+    `between` makes rows for the weights, `last` for the head.
+    """
 
     def __init__(
         self, model: nn.Module, head: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
@@ -56,13 +60,18 @@ class Products:
         self.split: list[SplitWeight] = []
         self.split_head: SplitHead | None = None
         self.seen = self._versions()
-        if weights[0].dtype == torch.float32 and splits_pay(weights[0].device):
+        whole = all(size % 4 == 0 for weight in weights for size in weight.shape)
+        kernels = kernels_of(head.device, head.dtype) if whole else None
+        # Of bfloat16, so that the product which adds to a residual adds its bias as well.
+        biased = kernels is not None and biases[0] is not None
+        if biased or head.dtype == torch.float32 and splits_pay(head.device):
             self.split = [SplitWeight(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             self.split_head = SplitHead(head)
-        kernels = kernels_of(head.device, head.dtype)
-        whole = all(size % 4 == 0 for weight in weights for size in weight.shape)
-        ones = ONES if self.split and self.split[0].biased else 0
-        self.between: Between = Fused(kernels, ones) if kernels is not None and whole else Plain()
+        self.between: Between = Plain()
+        self.last: Between = self.between
+        if kernels is not None:
+            self.between = Fused(kernels, ONES if biased else 0)
+            self.last = Fused(kernels, ONES if self.split_head is not None and self.split_head.biased else 0)
 
     def refresh(self) -> None:
         """Follow weights that were written to."""
@@ -116,8 +125,7 @@ class FusedGpt2:
             products.add(first + 1, attend(layer, made, None), x)
             hidden = between.gelu(products(first + 2, between.norm(x, block.ln_2)))
             products.add(first + 3, hidden, x)
-        states: Tensor = body.ln_f(x)
-        return states
+        return products.last.norm(x, body.ln_f)
 
 
 class FusedLlama:
@@ -155,7 +163,7 @@ class FusedLlama:
             products.add(first + 1, attend(layer, made, rotary), x)
             hidden = between.gated(products(first + 2, between.norm(x, block.post_attention_layernorm)))
             products.add(first + 3, hidden, x)
-        return Plain().norm(x, body.norm)
+        return products.last.norm(x, body.norm)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class GraphedDecoder:
             query = query.flatten(1, 2)
             seen = hidden.expand(-1, query.shape[1], -1, -1)
             mixed = scaled_dot_product_attention(query, keys, values, attn_mask=seen)
-            return mixed.transpose(1, 2).reshape(rows * prompt, -1)
+            return self.step.between.rows(mixed.transpose(1, 2).reshape(rows * prompt, -1))
 
         states = self.step(slab.ids[:, :prompt].flatten(), slab.places[:, :prompt].flatten(), attend)
         self._choose(slab, states.view(rows, prompt, -1)[:, -1], decoding)
