@@ -29,7 +29,7 @@ SHAPES = [(3, 9, 4), (8, 16, 8), (5, 20, 11), (3, 9, 4)]  # rows, tokens, tokens
 
 @given(
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20),
-    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
 def test_few_queries_attend_as_many_do(rows, groups, queries, slots, dtype):
     torch.manual_seed(rows + 5 * slots)
@@ -38,7 +38,8 @@ def test_few_queries_attend_as_many_do(rows, groups, queries, slots, dtype):
     unseen = torch.where(torch.rand(rows, 1, 1, slots) < 0.4, -1e30, 0.0).to(dtype)
     unseen[..., -1] = 0
     expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=unseen.expand(-1, groups, queries, -1))
-    torch.testing.assert_close(few_queries(query, keys, values, unseen), expected, atol=1e-5, rtol=1e-5)
+    near = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(few_queries(query, keys, values, unseen), expected, atol=near, rtol=near)
 
 
 class Graph:

@@ -18,7 +18,7 @@ from ..sampling.sampler import Decoding, Sampler, Samples
 
 # Prompt and completion tokens of one pass, unless told: with gradients, smollm2-135m keeps .8 MB a token on CUDA and
 # about 1.5 MB elsewhere. A CPU is as quick in shorter passes, whose rows are more alike in length.
-PASS_TOKENS = {"cpu": 2**10, "cuda": 2**13, "mps": 2**13}
+PASS_TOKENS = {"cpu": 2**10, "cuda": 6 * 2**10, "mps": 2**13}
 # Numbers in the logits of one pass that needs them: beside them, temporaries of four times their size at most.
 LOGITS_PER_PASS = 2**27
 ScoreFunction = Callable[[Sequence[str], Sequence[str], Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
