@@ -296,6 +296,33 @@ def test_predict_of_a_text_model_continues_each_row(place, shop):
     assert all(isinstance(answer["text"], str) and answer.keys() == {"id", "text"} for answer in answers)
 
 
+def test_predict_reads_whatever_training_reads(place, shop):
+    """The same rows give the same answers, and what is wrong with one is told as `data check` tells it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"id": "x", "text": "the film, and\nits plot"}, {"id": "7", "text": 'a "plot"'}]
+    tiny.write_rows(place / "in.jsonl", rows)
+    Path("in.csv").write_text('\ufeffid,text\r\nx,"the film, and\nits plot"\r\n7,"a ""plot"""\r\n', encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "in.parquet")
+    Path("named-by-nothing").write_bytes(Path("in.jsonl").read_bytes())
+    said = [told(f"predict {{gpt2}} --input {name}", **shop)
+            for name in ("in.jsonl", "in.csv", "in.parquet", "named-by-nothing")]
+    assert len(set(said)) == 1 and [json.loads(line)["id"] for line in said[0].splitlines()] == ["x", "7"]
+    Path("bad.csv").write_text("review,stars\nA film.,5\n")
+    Path("torn.csv").write_text("id,text\nx,A film.\n1\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"id": 1.5, "text": "A film."}]), "odd.parquet")
+    Path("in.tsv").write_text("text\nA film.\n")
+    for name, message in {
+        "bad.csv": "bad.csv:2: expected a row with a string `text` (or `prompt`, or `document`); the row has 'review'",
+        "torn.csv": "torn.csv:3: 1 cells, but the header has 2",
+        "odd.parquet": "odd.parquet:1: id: expected text or an integer, not 1.5",
+        "in.tsv": "in.tsv: expected a file that ends in .jsonl, .csv, .parquet",
+    }.items():
+        outcome = peftlab(f"predict {{gpt2}} --input {name}", **shop)
+        assert outcome.code == 2 and message in outcome.err, outcome.err
+
+
 def test_generate_says_the_same_under_the_same_seed(shop):
     line = "generate {gpt2} --prompt 'the film' -n 3 --max-new-tokens 12 --json --seed "
     first = told(line + "5", **shop)
