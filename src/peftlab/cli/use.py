@@ -63,7 +63,7 @@ def predict(
     input: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL, CSV or Parquet with a `text` (or `prompt`, or `document`) a row; rewards: prompt and completion"
+            help="JSONL, CSV or Parquet, a `text` (or `prompt`, or `document`) a row; rewards: prompt and completion"
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL to write, one row per input row, in order")] = None,
