@@ -70,7 +70,7 @@ class LabTrainer(Trainer):
         self.in_parts, self.counted = args.gradient_accumulation_steps * ranks.size() > 1, 0
         self.loss_is_scaled_for_ga = self.in_parts or None
         self.remove_callback(PrinterCallback)
-        self.stopper = LabCallback(log, stop_requested, args.max_steps, self._check_updated)
+        self.stopper = LabCallback(log, stop_requested, args.max_steps, self._check_updated, self._weight)
         self.add_callback(self.stopper)
 
     def fit(self, checkpoint: Path | None) -> None:
@@ -141,9 +141,19 @@ class LabTrainer(Trainer):
         return loss * share * ranks.size()  # gradients become the mean over the processes
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Makes the gradients; returns the loss as it counts in the log's mean."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if ranks.size() > 1 and not self.accelerator.sync_gradients:
-            return loss  # looked at once the processes have one gradient, and with it all or none of them stop
+        if ranks.size() == 1 or self.accelerator.sync_gradients:
+            self._check_gradients(loss)  # else once the processes have one gradient, and all or none of them stop
+        return loss * self._weight(self.state.global_step + 1)
+
+    def _weight(self, step: int) -> float:
+        """The rows of this step's batch as a share of a whole one's: below 1 where it is an epoch's short last."""
+        rows, size = len(self.lengths), self.args.train_batch_size * self.args.gradient_accumulation_steps
+        before = (step - 1) % -(-rows // size) * size
+        return min(size, rows - before) / min(size, rows)
+
+    def _check_gradients(self, loss: torch.Tensor) -> None:
         gradients = {n: p.grad for n, p in self.learned.items() if p.grad is not None}
         if sites := not_finite({"train/loss": loss, **gradients}):
             bad = loss if sites[0] == "train/loss" else gradients[sites[0]]
@@ -153,7 +163,6 @@ class LabTrainer(Trainer):
                 f"step {self.state.global_step + 1}: {site} is {value}; its update was not made; lower lr, or look at "
                 f"the step's training rows {self._rows_of_step()}"
             )
-        return loss
 
     def _check_updated(self) -> None:
         """Adam may overflow on gradients that are finite; what it made of the weights is then never saved."""
@@ -203,15 +212,29 @@ class Rows(torch.utils.data.Dataset[Any]):
 
 
 class LabCallback(TrainerCallback):
-    """Logs by the registry's names, stops on signals, shows how far it is; `updated` looks at each update."""
+    """Logs by the registry's names, stops on signals, shows how far it is; `updated` looks at each update.
+
+    `weight`: the share at which a step's loss is in what Trainer sums. The short last batch of an epoch may be a single
+    row, whose loss and gradient are mostly chance: told beside those of whole batches, they look like a divergence. So
+    the logged loss is a mean over rows, of a whole batch's at least, and no gradient norm is told of a short batch.
+    """
 
     def __init__(
-        self, log: Log, stop_requested: Callable[[], int | None], total: int, updated: Callable[[], None]
+        self,
+        log: Log,
+        stop_requested: Callable[[], int | None],
+        total: int,
+        updated: Callable[[], None],
+        weight: Callable[[int], float],
     ) -> None:
         self.write, self.stop_requested, self.progress = log, stop_requested, Progress(total)
-        self.updated = updated
+        self.updated, self.weight = updated, weight
+        self.since = 0  # the step behind which the sum of the next log begins
         self.signum: int | None = None
         self.logged = ""  # what a line between two logged steps says: the loss of the first, and which that is
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.since = state.global_step
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.updated()
@@ -227,11 +250,32 @@ class LabCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
         found = {ours: float((logs or {})[theirs]) for theirs, ours in names.items() if theirs in (logs or {})}
+        if "train/loss" in found:
+            found["train/loss"] = self._mean_loss(state)
+        if self.weight(state.global_step) < 1:
+            found.pop("train/grad_norm", None)
         if found:
             self.write(found, state.global_step)
             told = f"loss {found.get('train/loss', math.nan):.4f}"
             self.logged = f"{told} at step {state.global_step}"
             self.progress.show(state.global_step, told)
+
+
+    def _mean_loss(self, state: Any) -> float:
+        """The mean over the rows since the last log, with those before it where these are fewer than a batch.
+
+        Trainer divides the sum by its steps, and keeps it in a history that checkpoints hold: a resume tells the same.
+        """
+        row = state.log_history[-1]
+        weights = [self.weight(step) for step in range(self.since + 1, state.global_step + 1)]
+        row["weight"], row["sum"] = sum(weights), row["loss"] * len(weights)
+        self.since = state.global_step
+        total = weight = 0.0
+        for earlier in reversed([row for row in state.log_history if "weight" in row]):
+            total, weight = total + earlier["sum"], weight + earlier["weight"]
+            if weight >= 1:
+                break
+        return total / weight
 
 
 def _own_part(rows: Sequence[Any], collate: Callable[[Sequence[Any]], dict[str, Any]]) -> dict[str, Any]:
