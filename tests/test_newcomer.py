@@ -89,6 +89,18 @@ def test_a_bare_resume_takes_the_run_that_was_stopped(shop, tmp_path, monkeypatc
     assert capsys.readouterr().err == "sft: already done; nothing to resume\n"
 
 
+def test_a_name_that_is_taken_is_told_with_the_one_in_its_place(tmp_path, monkeypatch, capsys):
+    (tmp_path / "job").mkdir()
+    assert free_name(tmp_path, "job", False, Job()) == "job" and not capsys.readouterr().err
+    ended(tmp_path, "job", Job(), None)
+    for quiet in (False, True):
+        monkeypatch.setattr(Progress, "quiet", quiet)
+        assert free_name(tmp_path, "job", False, Job()) == "job-2"
+        told = "there is a run job already, so this one is job-2; --resume goes on with one that was stopped, --run "
+        assert capsys.readouterr().err.startswith(told) != quiet
+    assert free_name(tmp_path, "job", True, Job()) == "job" and not capsys.readouterr().err
+
+
 class Job(Config):
     recipe: Literal["job"] = "job"
     size: int = 0

@@ -12,7 +12,7 @@ from ..errors import Interrupted, LabError, UserError
 from ..models.backbone import pick_device
 from ..report import render
 from ..runs.launched import rank, world_size
-from ..runs.progress import say, watched
+from ..runs.progress import Progress, say, watched
 from ..runs.rundir import RunDir, differences, ended_runs, list_runs, vacant
 from ..runs.typed import typed
 from ..training.arguments import TrainConfig
@@ -114,11 +114,17 @@ def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Train
 
 
 def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
-    """`name`, or the first of name-2, name-3 ... that is vacant; for a resume the run of `config` to go on with."""
+    """`name`, or the first of name-2, name-3 ... that is vacant, which is then said; for a resume the run of `config`."""
     if resume:
         return _to_resume(root, config)
     names = [name, *(f"{name}-{n}" for n in range(2, 1000))]
-    return next(n for n in names if vacant(root / n))
+    free = next(n for n in names if vacant(root / n))
+    if free != name and not Progress.quiet:
+        say(
+            f"there is a run {name} already, so this one is {free}; --resume goes on with one that was stopped, "
+            "--run gives a name of your own"
+        )
+    return free
 
 
 def _to_resume(root: Path, config: Config) -> str:
