@@ -273,6 +273,7 @@ def test_doctor_finds_tiny_gpt2_fit(monkeypatch):
     for name, check in checks.items():
         bound, limit = told_to_be[name].split()
         assert eval(f"{check['value']} {bound} {check['limit']}") and float(limit) == check["limit"], check
+        assert not 0 < check["limit"] < 1 or "rounding makes less" in check["detail"], "a small limit says why it is"
     assert told_to_be["training/adapter_moved"] == "> 0" and told_to_be["invariant/first_kl"] == "== 0"
     assert findings["environment"]["device"] == "cpu" and findings["environment"]["bytes_per_role"]
 

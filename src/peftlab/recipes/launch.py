@@ -114,7 +114,7 @@ def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Train
 
 
 def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
-    """`name`, or the first of name-2, name-3 ... that is vacant, which is then said; for a resume the run of `config`."""
+    """`name`, or the first of name-2, name-3 ... that is vacant, which is said; for a resume the run of `config`."""
     if resume:
         return _to_resume(root, config)
     names = [name, *(f"{name}-{n}" for n in range(2, 1000))]
