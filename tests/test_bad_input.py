@@ -259,7 +259,7 @@ def test_the_mended_command_runs_under_the_same_name(shop, place):
     changed = peftlab(filled("sft {FILL} max_steps=3 --run mine --resume", shop), **shop)
     refused(changed, ["max_steps (1 there, 3 now)", "config.toml"])
     other = peftlab(filled("classify {FILL} --run mine --resume", shop), **shop)
-    refused(other, ["is a sft run, not classify"])
+    refused(other, ["is an sft run, not classify"])
     again = peftlab(filled("sft {FILL} max_steps=1 --run mine --resume", shop), **shop)
     assert again.code == 0 and "already done" in again.err
 

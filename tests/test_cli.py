@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from peftlab import cli
 from peftlab.cli.runs import runs_list
 from peftlab.cli.shared import print_rows
-from peftlab.config import keys, load_config, refuse_unknown, shipped_configs
+from peftlab.config import Config, keys, load_config, shipped_configs
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
 from peftlab.recipes import RECIPES, load
-from peftlab.recipes.declared import declared_keys
+from peftlab.recipes.declared import declared, declared_keys
 from peftlab.runs.progress import folded, folded_text, say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +97,9 @@ def test_what_needs_no_model_loads_no_library(line, place):
         ("ppo lora.rank=3 --dry-run", "the command line: unknown key lora.rank; did you mean lora.r?"),
         ("dpo zzz.x=1 qqq=2", "unknown key zzz; known keys: recipe, task, model"),
         ("dpo zzz.x=1 qqq=2", "; unknown key qqq"),
+        ("sft sft-tiny lr=abc", "sft-tiny: lr: is to be a number, not 'abc'"),
+        ("ppo ppo-tiny want=foo", "ppo-tiny: want: input should be '', 'positive' or 'negative', not 'foo'"),
+        ("reward lora.r=0 --dry-run", "the command line: lora.r: input should be greater than or equal to 1, not 0"),
         ("ppo ppo-tiny --steps 3", "no option --steps; a key of the config is given without dashes: steps=3"),
         ("sft sft-tiny --steps 3", "no option --steps; a key of the config is given without dashes: max_steps=3"),
         ("sft --train-limit=3 --dry-run", "is given without dashes: train_limit=3"),
@@ -116,10 +119,41 @@ def test_a_typo_is_told_before_any_library_loads(line, message):
 def test_the_keys_read_off_the_source_are_those_of_the_config(verb):
     known = keys(load(verb).CONFIG)
     assert sorted(declared_keys(verb)) == sorted(known)
-    tables = [f"{key}.text=a" for key in known if key == "columns"] + ["lora=3"] * ("lora.r" in known)
-    others = [f"{key}=1" for key in known if key != "recipe"]
-    for pair in (*others, *tables):  # a value of the wrong kind is for the class to refuse
-        refuse_unknown(declared_keys(verb), verb, None, [pair])
+
+
+def types_of(cls: type[Config], prefix: str = "") -> dict[str, object]:
+    """A key's type, bounds and default; a table's defaults are those of its use, which need its class."""
+    found = {}
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+            found |= types_of(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = (field.annotation, field.metadata, field.default)
+    return found
+
+
+def refused(cls: type[Config], pair: str) -> str:
+    try:
+        load_config(cls, None, [pair])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_a_value_is_refused_before_libraries_load_only_as_the_config_would_refuse_it(verb):
+    """In the same words. No key has another type, bound or default than in the class."""
+    cls = load(verb).CONFIG
+    values = ("1", "0", "-1", "1.5", "1e-4", "abc", "true", "nan", "a,b", "[1, 2]", "3,4", "{ text = 'a' }", "''")
+    early = 0
+    for key in (*keys(cls), "lora", "max_lenth", "lora.rr"):
+        for value in values:
+            first, whole = refused(declared(verb), f"{key}={value}"), refused(cls, f"{key}={value}")
+            assert first in ("", whole), "with the class's own words, or left to it"
+            early += bool(first)
+    assert early > 100
+    told, own = types_of(declared(verb)), types_of(cls)
+    assert told == own
 
 
 def test_the_version_is_the_packages():
@@ -239,6 +273,7 @@ def test_doctor_finds_tiny_gpt2_fit(monkeypatch):
     for name, check in checks.items():
         bound, limit = told_to_be[name].split()
         assert eval(f"{check['value']} {bound} {check['limit']}") and float(limit) == check["limit"], check
+        assert not 0 < check["limit"] < 1 or "rounding makes less" in check["detail"], "a small limit says why it is"
     assert told_to_be["training/adapter_moved"] == "> 0" and told_to_be["invariant/first_kl"] == "== 0"
     assert findings["environment"]["device"] == "cpu" and findings["environment"]["bytes_per_role"]
 
@@ -294,6 +329,33 @@ def test_predict_of_a_text_model_continues_each_row(place, shop):
     answers = [json.loads(line) for line in told("predict {gpt2} --input in.jsonl", **shop).splitlines()]
     assert [answer["id"] for answer in answers] == [0, "x"]
     assert all(isinstance(answer["text"], str) and answer.keys() == {"id", "text"} for answer in answers)
+
+
+def test_predict_reads_whatever_training_reads(place, shop):
+    """The same rows give the same answers, and what is wrong with one is told as `data check` tells it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"id": "x", "text": "the film, and\nits plot"}, {"id": "7", "text": 'a "plot"'}]
+    tiny.write_rows(place / "in.jsonl", rows)
+    Path("in.csv").write_text('\ufeffid,text\r\nx,"the film, and\nits plot"\r\n7,"a ""plot"""\r\n', encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "in.parquet")
+    Path("named-by-nothing").write_bytes(Path("in.jsonl").read_bytes())
+    said = [told(f"predict {{gpt2}} --input {name}", **shop)
+            for name in ("in.jsonl", "in.csv", "in.parquet", "named-by-nothing")]
+    assert len(set(said)) == 1 and [json.loads(line)["id"] for line in said[0].splitlines()] == ["x", "7"]
+    Path("bad.csv").write_text("review,stars\nA film.,5\n")
+    Path("torn.csv").write_text("id,text\nx,A film.\n1\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"id": 1.5, "text": "A film."}]), "odd.parquet")
+    Path("in.tsv").write_text("text\nA film.\n")
+    for name, message in {
+        "bad.csv": "bad.csv:2: expected a row with a string `text` (or `prompt`, or `document`); the row has 'review'",
+        "torn.csv": "torn.csv:3: 1 cells, but the header has 2",
+        "odd.parquet": "odd.parquet:1: id: expected text or an integer, not 1.5",
+        "in.tsv": "in.tsv: expected a file that ends in .jsonl, .csv, .parquet",
+    }.items():
+        outcome = peftlab(f"predict {{gpt2}} --input {name}", **shop)
+        assert outcome.code == 2 and message in outcome.err, outcome.err
 
 
 def test_generate_says_the_same_under_the_same_seed(shop):

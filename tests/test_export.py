@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -127,6 +128,21 @@ def test_a_stack_of_lora_is_one_plain_adapter(shop, out, name, ranks):
     about = json.loads((out / "adapter_config.json").read_text())
     assert {about["r"], *about["rank_pattern"].values()} == ranks
     assert not about["use_rslora"] and about["alpha_pattern"] == about["rank_pattern"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_whoever_the_umask_lets_may_read_all_of_it(shop, tmp_path, umask, mode):
+    """Also the weights, which safetensors writes for their owner alone."""
+    before = os.umask(umask)
+    try:
+        for form in ("adapter", "merged"):
+            export(Path("runs"), shop["sft"], form, tmp_path / form)
+        adapted(shop["base"], tmp_path / "trained", LoraVariants(r=2))
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len({file.parent for file in files if file.suffix == ".safetensors"}) == 3
+    assert {file.name: file.stat().st_mode & 0o777 for file in files} == {file.name: mode for file in files}
 
 
 @pytest.mark.parametrize("name", ["base", "policy", "rslora", "dora"])

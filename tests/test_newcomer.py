@@ -23,10 +23,11 @@ from commands import peftlab
 from peftlab.config import Config, command_for, to_toml
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import named, resolve
-from peftlab.recipes.launch import free_name, launch
+from peftlab.recipes.launch import free_name, launch, stopped
 from peftlab.runs.atomic import read_rows
 from peftlab.runs.progress import Progress, say
 from peftlab.runs.rundir import RunDir
+from peftlab.runs.typed import typed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAT = "def same(prompts, completions, records):\n    return [0.1] * len(completions)\n"
@@ -86,6 +87,18 @@ def test_a_bare_resume_takes_the_run_that_was_stopped(shop, tmp_path, monkeypatc
     assert said.startswith("sft: resuming this run\n") and "sft: goes on after step 1\n" in said
     assert launch("sft", None, good, tmp_path, resume=True)["run"] == "sft"
     assert capsys.readouterr().err == "sft: already done; nothing to resume\n"
+
+
+def test_a_name_that_is_taken_is_told_with_the_one_in_its_place(tmp_path, monkeypatch, capsys):
+    (tmp_path / "job").mkdir()
+    assert free_name(tmp_path, "job", False, Job()) == "job" and not capsys.readouterr().err
+    ended(tmp_path, "job", Job(), None)
+    for quiet in (False, True):
+        monkeypatch.setattr(Progress, "quiet", quiet)
+        assert free_name(tmp_path, "job", False, Job()) == "job-2"
+        told = "there is a run job already, so this one is job-2; --resume goes on with one that was stopped, --run "
+        assert capsys.readouterr().err.startswith(told) != quiet
+    assert free_name(tmp_path, "job", True, Job()) == "job" and not capsys.readouterr().err
 
 
 class Job(Config):
@@ -159,6 +172,30 @@ def test_a_run_that_failed_before_its_first_figure_leaves_its_name_to_the_next(t
             run.finish({}, {})
         assert free_name(tmp_path, "job", False, Job()) == "job-2"
         shutil.rmtree(run.path)
+
+
+def test_a_command_that_is_told_is_found_where_it_is_told(tmp_path, monkeypatch):
+    """By its name where PATH finds the program that runs; else by a path that works in the current folder."""
+    ours, other = tmp_path / "lab" / "bin" / "peftlab", tmp_path / "other" / "peftlab"
+    for script in (ours, other):
+        script.parent.mkdir(parents=True)
+        script.write_text(f"#!/bin/sh\necho {script.parent.name} \"$@\"\n")
+        script.chmod(0o755)
+    system = os.environ["PATH"]
+
+    def answers(folder: Path, path: Path | None) -> tuple[str, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [os.path.relpath(ours) if path is None else str(ours), "demo"])
+        monkeypatch.setenv("PATH", f"{path or tmp_path}:{system}")
+        command = typed("chat", "a b")
+        return command, subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+
+    assert answers(tmp_path, ours.parent) == ("peftlab chat 'a b'", "bin chat a b\n")
+    for path in (None, other.parent):
+        assert answers(tmp_path, path) == ("lab/bin/peftlab chat 'a b'", "bin chat a b\n")
+        assert answers(ours.parent, path) == ("./peftlab chat 'a b'", "bin chat a b\n")
+        assert answers(other.parent, path) == (f"{ours} chat 'a b'", "bin chat a b\n")
+        assert str(stopped(signal.SIGINT, ["demo", "--resume"])).endswith(f":\n  {ours} demo --resume")
 
 
 def test_a_stop_tells_the_command_that_continues(shop, tmp_path, monkeypatch):

@@ -296,6 +296,8 @@ def test_listing_shows_stages_and_how_each_run_ended(tmp_path):
     assert find_run(tmp_path, "demo/sft") == stage.path == find_run(tmp_path / "elsewhere", str(stage.path))
     with pytest.raises(UserError, match="runs: demo, demo/sft, killed"):
         find_run(tmp_path, "dmeo")
+    with pytest.raises(UserError, match=r"did you mean demo/sft\?$"):
+        find_run(tmp_path, "demo/stf")
     assert list_runs(tmp_path / "nowhere") == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -208,6 +209,37 @@ def test_epochs_and_seeds_differ():
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
     assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 60])
+def test_a_short_batch_is_told_by_its_rows(tmp_path, epochs):
+    """Nothing is learned at this rate, so the mean over an epoch of 8 + 1 rows is that of one batch of 9."""
+    shop = tiny.workshop(tmp_path)
+    keys = ["train_limit=9", "lr=1e-30", f"epochs={epochs}", "max_steps=0", "lora.dropout=0"]
+
+    def logged(size: int) -> list[dict[str, float]]:
+        launch("classify", None, tiny.overrides(shop, "classify", *keys, f"batch_size={size}"), tmp_path, f"{size}")
+        return [row for row in read_rows(tmp_path / f"{size}" / "metrics.jsonl") if "train/loss" in row]
+
+    whole, rows = [row["train/loss"] for row in logged(9)], logged(8)
+    assert len(rows) == {1: 2, 3: 6, 60: 61}[epochs], "every step, or of 120 the first and every second"
+    assert [row["train/loss"] for row in rows if row["step"] % 2 == 0] == pytest.approx(whole, abs=1e-6)
+    assert all(("train/grad_norm" in row) == (row["step"] % 2 == 1) for row in rows)
+
+
+def test_a_resume_tells_the_same_of_a_short_batch(tmp_path):
+    """What stands before it was logged by the process that was stopped."""
+    shop, losses = tiny.workshop(tmp_path), []
+    given = tiny.overrides(shop, "classify", "train_limit=9", "batch_size=8", "max_steps=4", "save_every=1")
+    for name in ("whole", "stopped"):
+        launch("classify", None, given, tmp_path, name)
+        if name == "stopped":
+            shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000004", ignore_errors=False)
+            (tmp_path / name / "summary.json").unlink()
+            launch("classify", None, given, tmp_path, name, resume=True)
+        rows = read_rows(tmp_path / name / "metrics.jsonl")
+        losses.append([(row["step"], row["train/loss"]) for row in rows if "train/loss" in row])
+    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "sft", "classify", "summarize"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -64,13 +64,6 @@ def load_config(cls: type[C], source: str | None, overrides: Sequence[str] = ())
     return validated(cls, data, origin)
 
 
-def refuse_unknown(known: Sequence[str], recipe: str, source: str | None, overrides: Sequence[str] = ()) -> None:
-    """The errors of `load_config` that need no class, only the `known` keys of a recipe's, with dots for tables."""
-    data, origin = _read(Config, recipe, source, overrides)
-    if unknown := list(_strangers(data, known)):
-        raise UserError(f"{origin}: " + "; ".join(_unknown(key, known) for key in unknown))
-
-
 def validated(cls: type[C], data: Mapping[str, Any], origin: str) -> C:
     """`data` as a config. Raises UserError naming `origin`, each wrong key and the nearest known one."""
     try:
@@ -116,16 +109,6 @@ def _read(
     for override in overrides:
         _apply(cls, data, override)
     return data, origin
-
-
-def _strangers(table: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
-    """The keys of a table that are neither known nor a table of known ones."""
-    for key, value in table.items():
-        name = prefix + key
-        if name not in known and not any(other.startswith(f"{name}.") for other in known):
-            yield name
-        elif name not in known and isinstance(value, Mapping):
-            yield from _strangers(value, known, f"{name}.")
 
 
 def _find(source: str) -> Path:

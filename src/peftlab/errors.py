@@ -22,6 +22,11 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
+def with_article(word: str) -> str:
+    """A kind of model or of run with its article: an encoder, a demo, and an sft, which is spelled letter by letter."""
+    return f"{'an' if word[:1] in 'aeiou' or word in ('rloo', 'sft') else 'a'} {word}"
+
+
 class PeftlabError(Exception):
     """Base of the errors that the command line turns into one line and `exit_code`."""
 

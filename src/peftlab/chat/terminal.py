@@ -244,8 +244,10 @@ class Terminal:
         except ValueError:
             raise UserError(f"/set {key}: {value!r} is not a number") from None
         limit = {"max_new_tokens": self.session.context - 1, "top_p": 1}.get(key, sys.maxsize)
-        if not (0 < number <= limit or (number == 0 and key in ("temperature", "top_k"))):
-            raise UserError(f"/set {key}: {number} is out of range")
+        zero = key in ("temperature", "top_k")
+        if not (0 < number <= limit or (number == 0 and zero)):
+            fits = "0 or more" if zero else f"more than 0, and {limit} at most"
+            raise UserError(f"/set {key}: {number} is out of range; give {fits}")
         return number
 
     def system(self, text: str) -> None:

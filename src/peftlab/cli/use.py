@@ -62,7 +62,9 @@ def predict(
     text: Annotated[str | None, typer.Option(help="predict this one text")] = None,
     input: Annotated[
         Path | None,
-        typer.Option(help="JSONL with a `text` (or `prompt`, or `document`) a row; rewards: prompt and completion"),
+        typer.Option(
+            help="JSONL, CSV or Parquet, a `text` (or `prompt`, or `document`) a row; rewards: prompt and completion"
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL to write, one row per input row, in order")] = None,
     device: Device = "auto",

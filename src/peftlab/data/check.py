@@ -52,11 +52,19 @@ def scan_file(
     """
     if kind not in KINDS:
         raise UserError(f"--for {kind}: expected one of {', '.join(KINDS)}")
-    read = READERS.get(path.suffix.lower())
+    yield from scan_rows(file_rows(path), kind, labels, columns)
+
+
+def file_rows(path: Path, suffix: str | None = None) -> Iterator[Row]:
+    """Every row of a JSONL, CSV or Parquet file with its line, or the ValueError that says why it cannot be read.
+
+    `suffix` stands for that of `path`. Raises UserError where the file itself is unusable.
+    """
+    read = READERS.get(path.suffix.lower() if suffix is None else suffix)
     if read is None:
         raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}")
     try:
-        yield from scan_rows(read(path), kind, labels, columns)
+        yield from read(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

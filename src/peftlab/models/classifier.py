@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, with_article
 from .adapter_files import load_stack
 from .catalog import resolve
 
@@ -34,7 +34,8 @@ class TextClassifier:
         """A classifier adapter by bundled name or folder. Raises UserError for anything else."""
         entry = resolve(name)
         if entry.kind != "adapter":
-            raise UserError(f"{name}: is a {entry.kind} model, not a classifier adapter; for example imdb-sentiment")
+            what = with_article(entry.kind)
+            raise UserError(f"{name}: is {what} model, not a classifier adapter; for example imdb-sentiment")
         backbone, stack = load_stack(name, device=device, dtype=dtype)
         if stack.kind != "classifier":
             raise UserError(f"{name}: is an adapter for text, not a classifier; for example imdb-sentiment")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.tokenize import encode
-from ..errors import UserError
+from ..errors import UserError, with_article
 from ..ops.masks import last_true
 from ..runs.checkpoint import whole_folder
 from .adapter_files import check_tensors, load_adapter, load_under, read_weights, write_peft
@@ -121,7 +121,7 @@ class RewardModel:
         entry = resolve(name)
         stack = read_stack(Path(entry.path)) if entry.kind == "adapter" else None
         if stack is None or stack.kind != "reward":
-            what = f"an adapter of kind {stack.kind}" if stack else f"a {entry.kind} model"
+            what = f"an adapter of kind {stack.kind}" if stack else f"{with_article(entry.kind)} model"
             raise UserError(f"{name}: is {what}, not a reward model; `peftlab reward` trains one")
         folder, length = Path(entry.path), stack.extra.get("max_length")
         if not (isinstance(length, int) and length >= 4):

@@ -1,6 +1,7 @@
-"""What keys a recipe's config has, read off the source: to import a recipe takes the seconds that torch takes.
+"""What keys a recipe's config has and which values they take, read off the source: to import a recipe takes seconds.
 
-So a mistyped key is told at once. Whatever else may be wrong with a config is left to its class.
+So a mistyped key or value is told at once. What takes code to judge, as keys that do not go together, is left to the
+config's own class.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
+from typing import Any, Literal
 
-from ..config import ELSEWHERE, refuse_unknown
+from pydantic import Field, create_model
+
+from ..config import ELSEWHERE, Config, keys, load_config
 from ..errors import UserError, did_you_mean
 
 HOUSE = Path(__file__).resolve().parents[1]
 
 
-def check_keys(verb: str, source: str | None, overrides: list[str]) -> None:
-    """UserError where there is no such config, where it is another verb's, or where a key is unknown; no torch."""
-    refuse_unknown(declared_keys(verb), verb, source, overrides)
+def check_config(verb: str, source: str | None, overrides: list[str]) -> None:
+    """The errors of `load_config` with the verb's config that need nothing but its keys' annotations; no torch."""
+    load_config(declared(verb), source, overrides)
 
 
 def refuse_options(verb: str, words: Sequence[str], options: Sequence[str]) -> None:
@@ -48,24 +52,75 @@ def refuse_options(verb: str, words: Sequence[str], options: Sequence[str]) -> N
 
 def declared_keys(verb: str) -> list[str]:
     """Every key of the config of a verb that trains, with dots for tables, as `config.keys` of its class gives them."""
-    return _keys(f"{__package__}.{verb}", "CONFIG")
+    return keys(declared(verb))
 
 
-def _keys(module: str, name: str) -> list[str]:
-    """The keys of what `name` means in a module of ours, those of its bases included; none where it is no config."""
+@cache
+def declared(verb: str) -> type[Config]:
+    """The config of a verb that trains as its source declares it: names, types and bounds, without its validators."""
+    return _made(_fields(f"{__package__}.{verb}", "CONFIG"))
+
+
+def _made(fields: dict[str, Any]) -> type[Config]:
+    made: type[Config] = create_model("Declared", __base__=Config, **fields)
+    return made
+
+
+def _fields(module: str, name: str) -> dict[str, Any]:
+    """What `name` means in a module of ours: its keys, those of its bases first; none where it is no config."""
+    place, node = _defined(module, name)
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+        return _fields(place, node.value.id)
+    if not isinstance(node, ast.ClassDef):
+        return {}
+    found = {key: field for base in node.bases for key, field in _fields(place, ast.unparse(base)).items()}
+    lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+    own = [line for line in lines if "ClassVar" not in ast.unparse(line.annotation)]
+    return found | {ast.unparse(line.target): _field(place, line) for line in own}
+
+
+def _field(module: str, line: ast.AnnAssign) -> tuple[Any, Any]:
+    """Annotation and default of a key; (Any, None), which takes every value, where they name what is no constant."""
+    if inner := _fields(module, ast.unparse(line.annotation)):
+        table = _made(inner)
+        return table, Field(default_factory=table)
+    if isinstance(line.value, ast.Call):  # what a key is for may be told by what is no constant
+        line.value.keywords = [word for word in line.value.keywords if word.arg != "description"]
+    try:
+        return _value(module, line.annotation), _value(module, line.value) if line.value else ...
+    except NameError:
+        return Any, None
+
+
+def _value(module: str, node: ast.expr) -> Any:
+    """What an expression of our own source is worth."""
+    return eval(ast.unparse(node), {}, _Names(module))
+
+
+class _Names(dict[str, Any]):
+    """What the names in a module mean, as far as annotations and their bounds take them: types and constants."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__({"Any": Any, "Field": Field, "Literal": Literal})
+        self.module = module
+
+    def __missing__(self, name: str) -> Any:
+        place, node = _defined(self.module, name)
+        if isinstance(node, ast.Assign):
+            return _value(place, node.value)
+        raise KeyError(name)
+
+
+def _defined(module: str, name: str) -> tuple[str, ast.stmt | None]:
+    """The statement that gives a name its meaning in a module of ours, and the module it stands in."""
     for node in _statements(module):
         if isinstance(node, ast.ImportFrom) and node.level and name in [alias.name for alias in node.names]:
-            return _keys(resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0]), name)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and name in map(ast.unparse, node.targets):
-            return _keys(module, node.value.id)
+            return _defined(resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0]), name)
+        if isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets):
+            return module, node
         if isinstance(node, ast.ClassDef) and node.name == name:
-            found = [key for base in node.bases for key in _keys(module, ast.unparse(base))]
-            for line in node.body:
-                if isinstance(line, ast.AnnAssign) and "ClassVar" not in ast.unparse(line.annotation):
-                    key = ast.unparse(line.target)
-                    found += [f"{key}.{inner}" for inner in _keys(module, ast.unparse(line.annotation))] or [key]
-            return list(dict.fromkeys(found))
-    return []
+            return module, node
+    return module, None
 
 
 @cache

@@ -17,6 +17,7 @@ from ..report import render
 from ..runs.atomic import read_rows
 from ..runs.rundir import RunDir
 from ..runs.sanitize import sanitize
+from ..runs.typed import typed
 from . import load
 from .launch import free_name, start, stopped
 
@@ -131,7 +132,8 @@ def run_demo(
             if stage.shown:
                 show_samples(console, run.path / stage.name, stage.shown)
         console.print(f"\n{summary['time']['wall_s']:.0f} s. Report: {report}", highlight=False, soft_wrap=True)
-        console.print(f"Talk to it: peftlab chat {run.path / 'ppo' / 'adapter'}", highlight=False, soft_wrap=True)
+        talk = typed("chat", str(run.path / "ppo" / "adapter"))
+        console.print(f"Talk to it: {talk}", highlight=False, markup=False, soft_wrap=True)
     return summary
 
 

@@ -78,7 +78,7 @@ def _rollout_checks(roles: Roles, ratio_limit: float) -> list[Check]:
     checks = [
         _check("invariant/first_kl", first.kl, "==", 0.0, "policy with a fresh LoRA against its reference, nats"),
         _check("invariant/first_ratio_error", first.ratio_error, "<=", ratio_limit,
-               "sampled against recomputed log-probs"),
+               "sampled against recomputed log-probs; rounding makes less, a bug more"),
     ]
     width = rollout.completion_ids.shape[1]
     with torch.no_grad():
@@ -95,7 +95,8 @@ def _rollout_checks(roles: Roles, ratio_limit: float) -> list[Check]:
         same = float((twin - roles.reference(rollout.ids, rollout.mask, width)).abs().max())
     return [
         *checks,
-        _check("padding/left_pad_error", worst, "<=", 1e-4, "log-probs of a padded row against it alone, nats"),
+        _check("padding/left_pad_error", worst, "<=", 1e-4,
+               "log-probs of a padded row against it alone, nats; rounding makes less, wrong positions more"),
         _check("sampler/copy_error", same, "==", 0.0, "logits of the sampler's merged copy against the reference"),
     ]
 

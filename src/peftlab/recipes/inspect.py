@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import UserError
+from ..errors import UserError, with_article
 from ..report.read import Row, as_number, read_run
 from ..report.recorded import MEASURES, Recorded, read_recorded, rows_at
 from ..report.watch import alarms_of
@@ -109,9 +109,10 @@ def _nothing(root: Path, path: Path, summary: Row) -> str:
     """Why a run has no rollouts, and what it has instead."""
     recipe, status = summary["recipe"], summary["status"]
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+    what = with_article(recipe)
     stages = [file.parent for file in sorted(path.glob("*/rollouts.jsonl"))]
     if stages:
-        return f"run {name} is a {recipe}; its rollouts are those of " + ", ".join(f"{name}/{s.name}" for s in stages)
+        return f"run {name} is {what}; its rollouts are those of " + ", ".join(f"{name}/{s.name}" for s in stages)
     if recipe == "dpo":
         return (
             f"run {name} is a dpo run: it learns from pairs and samples nothing while it trains; "
@@ -121,7 +122,7 @@ def _nothing(root: Path, path: Path, summary: Row) -> str:
         if status in ("failed", "stopped", "killed"):
             return f"run {name} has no rollouts; {status}: {summary['reason']}"
         return f"run {name} has recorded no rollouts yet; the first come with its first step"
-    return f"run {name} is a {recipe} run and has no rollouts; ppo and rloo record them; see `peftlab report {name}`"
+    return f"run {name} is {what} run and has no rollouts; ppo and rloo record them; see `peftlab report {name}`"
 
 
 def steps_in_words(steps: list[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from ..errors import Interrupted, LabError, UserError
 from ..models.backbone import pick_device
 from ..report import render
 from ..runs.launched import rank, world_size
-from ..runs.progress import say, watched
+from ..runs.progress import Progress, say, watched
 from ..runs.rundir import RunDir, differences, ended_runs, list_runs, vacant
+from ..runs.typed import typed
 from ..training.arguments import TrainConfig
 from . import RECIPES, load
 from .several import joined, of_first, opened, require_same_job, require_shares
@@ -95,9 +95,9 @@ def _report(run: RunDir) -> None:
 
 def stopped(signum: int, words: list[str]) -> Interrupted:
     """A stop by a signal, whose message ends with a line to type: `peftlab` and these words continue the run."""
-    command = shlex.join(["peftlab", *words])
     many = f", launched in {world_size()} processes again," if world_size() > 1 else ""
-    return Interrupted(signum, f"stopped by {signal.Signals(signum).name}; this{many} continues the run:\n  {command}")
+    name = signal.Signals(signum).name
+    return Interrupted(signum, f"stopped by {name}; this{many} continues the run:\n  {typed(*words)}")
 
 
 def dry_run(verb: str, source: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -114,11 +114,17 @@ def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Train
 
 
 def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
-    """`name`, or the first of name-2, name-3 ... that is vacant; for a resume the run of `config` to go on with."""
+    """`name`, or the first of name-2, name-3 ... that is vacant, which is said; for a resume the run of `config`."""
     if resume:
         return _to_resume(root, config)
     names = [name, *(f"{name}-{n}" for n in range(2, 1000))]
-    return next(n for n in names if vacant(root / n))
+    free = next(n for n in names if vacant(root / n))
+    if free != name and not Progress.quiet:
+        say(
+            f"there is a run {name} already, so this one is {free}; --resume goes on with one that was stopped, "
+            "--run gives a name of your own"
+        )
+    return free
 
 
 def _to_resume(root: Path, config: Config) -> str:
@@ -139,7 +145,7 @@ def _to_resume(root: Path, config: Config) -> str:
         raise UserError(
             f"no run of {recipe} in {root} has this configuration; drop --resume to start one. "
             f"Run {last.name} can go on with its own, which differs in {', '.join(differences(texts[last], ours))}:\n"
-            f"  {shlex.join(['peftlab', recipe, *source, '--run', last.name, '--resume'])}"
+            f"  {typed(recipe, *source, '--run', last.name, '--resume')}"
         )
     busy = [run["run"] for run in list_runs(root) if (run["recipe"], run["status"]) == (recipe, "running")]
     why = f"{', '.join(busy)} is still running" if busy else "none was stopped after its first figure or checkpoint"

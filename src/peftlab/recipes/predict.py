@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.check import file_rows
+from ..data.records import fields_of, row_id
 from ..errors import UserError
 from ..evaluation.summaries import SummaryFormat, summarize
 from ..models.adapter_files import load_stack
@@ -92,34 +94,31 @@ def _score(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[str,
 
 def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, Any]]:
     """Rows with an id and what is `wanted` of them, strings; UserError naming the first line that lacks it."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"--input {path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"--input {path}: is a folder; give a JSONL file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--input {path}: cannot be read as UTF-8 text: {error}") from None
+    if not path.exists():
+        raise UserError(f"--input {path}: no such file")
+    if path.is_dir():
+        raise UserError(f"--input {path}: is a folder; give a JSONL, CSV or Parquet file")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON: {error.msg}") from None
+    for number, row in file_rows(path, path.suffix.lower() or ".jsonl"):  # a pipe has a name without one
         given = row if isinstance(row, dict) else {}
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            numbered = row_id(given) is None
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
         found = {name: next((given[f] for f in fields if f in given), None) for name, fields in wanted.items()}
         if not all(isinstance(value, str) for value in found.values()):
             told = " and ".join(map(_alternatives, wanted.values()))
-            raise UserError(f"{path}:{number}: expected an object with a string {told}")
+            has = f"; the row has {fields_of(given)}" if given and None in found.values() else ""
+            raise UserError(f"{path}:{number}: expected a row with a string {told}{has}")
         blank = next((name for name, value in found.items() if name != MAY_BE_EMPTY and not str(value).strip()), None)
         if blank is not None:
             field = next(f for f in wanted[blank] if f in given)
             raise UserError(f"{path}:{number}: `{field}` is empty; give a text, or take the row out")
-        rows.append({"id": given.get("id", len(rows)), **found})
+        rows.append({"id": len(rows) if numbered else given["id"], **found})
     if not rows:
-        raise UserError(f"--input {path}: holds no rows; give one JSON object a line")
+        raise UserError(f"--input {path}: holds no rows; give one JSON object a line, or a CSV or Parquet file")
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -115,8 +115,11 @@ def entry_of(name: str) -> Metric:
         return Metric(name, "This program's registry does not know it.")
 
 
-def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Constant]]:
-    """The charts under their headings, and the metrics that never changed."""
+def charts_of(run: RunFiles, excused: Container[str] = ()) -> tuple[list[tuple[str, list[Chart]]], list[Constant]]:
+    """The charts under their headings, and the metrics that never changed.
+
+    `excused`: what lies outside its healthy range for a reason that the run's table tells, and is not marked again.
+    """
     left = dict(run.columns)
     constants = [_constant(name, points) for name, points in left.items() if _is_constant(name, points)]
     for constant in constants:
@@ -128,7 +131,7 @@ def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Consta
             present = [name for name in _filled(names, left) if name in left]
             if present:
                 charts.append(
-                    _chart(run, shared_title if len(present) > 1 else text.title(present[0]), present)
+                    _chart(run, shared_title if len(present) > 1 else text.title(present[0]), present, excused)
                 )
                 for name in present:
                     del left[name]
@@ -137,7 +140,7 @@ def charts_of(run: RunFiles) -> tuple[list[tuple[str, list[Chart]]], list[Consta
         if charts:
             groups.append((heading, charts))
     if left:
-        groups.append(("Further figures", [_chart(run, text.title(name), [name]) for name in left]))
+        groups.append(("Further figures", [_chart(run, text.title(name), [name], excused) for name in left]))
     return groups, constants
 
 
@@ -183,7 +186,7 @@ def _filled(names: tuple[str, ...], left: Mapping[str, Points]) -> list[str]:
     return filled
 
 
-def _chart(run: RunFiles, title: str, names: list[str]) -> Chart:
+def _chart(run: RunFiles, title: str, names: list[str], excused: Container[str]) -> Chart:
     entries = [entry_of(name) for name in names]
     bands = {entry.healthy for entry in entries}
     lasts = [_last(run.columns[name], entry.unit) for name, entry in zip(names, entries, strict=True)]
@@ -198,7 +201,7 @@ def _chart(run: RunFiles, title: str, names: list[str]) -> Chart:
         markers=_markers(run, names),
     )
     lines = [
-        Line(name, swatch(index), last, entry, *_healthy(entry, run.columns[name]))
+        Line(name, swatch(index), last, entry, *_healthy(entry, run.columns[name], name in excused))
         for index, (name, entry, last) in enumerate(zip(names, entries, lasts, strict=True))
     ]
     return Chart(title, entries[0].unit, svg, lines)
@@ -209,15 +212,15 @@ def _last(points: Points, unit: str) -> str:
     return f"{text.number(value, unit)} at step {step:.0f}"
 
 
-def _healthy(entry: Metric, points: Points) -> tuple[str, bool]:
-    """The healthy range and how the points kept to it, in words; and whether any strayed."""
+def _healthy(entry: Metric, points: Points, excused: bool) -> tuple[str, bool]:
+    """The healthy range and how the points kept to it, in words; and whether any strayed without an excuse."""
     if entry.healthy is None:
         return "", False
     low, high = entry.healthy
     known = [value for _, value in points if value is not None]
     outside = sum((low is not None and v < low) or (high is not None and v > high) for v in known)
     kept = "all points inside" if not outside else f"{outside} of {len(known)} points outside"
-    return f"Healthy: {healthy_text(entry)}; {kept}.", outside > 0
+    return f"Healthy: {healthy_text(entry)}; {kept}.", outside > 0 and not excused
 
 
 def _markers(run: RunFiles, names: list[str]) -> list[Marker]:

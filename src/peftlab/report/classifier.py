@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,25 @@ def classifier_of(path: Path) -> ClassifierView | None:
 def bins_of(table: Any) -> list[dict[str, float]]:
     """The bins of a reliability diagram, as a run's file lists them. ValueError, KeyError or TypeError for no such."""
     return [{key: float(row[key]) for key in ("low", "high", "rows", "confidence", "accuracy")} for row in table]
+
+
+def chance_error(path: Path) -> tuple[int, float]:
+    """The rows that a run's calibration error was measured on, and the error that chance alone can make of them.
+
+    Of a calibrated model, the accuracy of a bin of n rows at confidence c scatters about c by sqrt(c (1 - c) / n), so
+    the error is a mean of half-normal distances, and never 0. Given is its mean and two standard deviations more. Where
+    a run's files tell no bins: (0, 0.0).
+    """
+    for name in ("classifier.json", "reward.json"):
+        try:
+            bins = bins_of(json.loads((path / name).read_text(encoding="utf-8"))["reliability"])
+            spreads = [b["rows"] * max(b["confidence"] * (1 - b["confidence"]), 0.0) for b in bins]  # n^2 s^2
+            rows = sum(b["rows"] for b in bins)
+            mean = math.sqrt(2 / math.pi) * sum(map(math.sqrt, spreads))
+            return int(rows), (mean + 2 * math.sqrt((1 - 2 / math.pi) * sum(spreads))) / rows
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, ZeroDivisionError):
+            continue
+    return 0, 0.0
 
 
 def bin_rows(bins: list[dict[str, float]]) -> list[tuple[str, str, str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from ..runs.metrics import METRICS, Metric
 from . import text
 from .charts import entry_of
+from .classifier import chance_error
 from .read import RunFiles, as_number
 
 # The figures that say whether the job was done, then what it cost.
@@ -22,6 +23,9 @@ _HEADLINE_RL = ("eval/judge", "eval/kl", "eval/perplexity_ratio", "eval/distinct
 _COSTS = frozenset(
     {"eval/kl"}
 )  # 0 before by definition: a price to weigh against the gain, not a loss of quality
+
+
+CALIBRATION = "eval/ece"
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ def figures_of(run: RunFiles) -> list[Figure]:
     order = {name: index for index, name in enumerate(METRICS)}
     names.sort(key=lambda name: order.get(entry_of(name).name, len(order)))
     intervals = run.table("intervals")
+    chance = chance_error(run.path)
     return [
-        _figure(name, as_number(before.get(name)), as_number(after.get(name)), intervals.get(name))
+        _figure(name, as_number(before.get(name)), as_number(after.get(name)), intervals.get(name), chance)
         for name in names
     ]
 
@@ -85,12 +90,14 @@ def checks_of(run: RunFiles) -> list[Check]:
     return checks
 
 
-def _figure(name: str, before: float | None, after: float | None, interval: Any) -> Figure:
+def _figure(
+    name: str, before: float | None, after: float | None, interval: Any, chance: tuple[int, float]
+) -> Figure:
     entry = entry_of(name)
     low, high = (
         map(as_number, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
     )
-    verdict, words = _verdict(entry, before, after, (low, high))
+    verdict, words = _verdict(entry, before, after, (low, high), chance)
     return Figure(
         name=name,
         title=text.title(name),
@@ -106,18 +113,31 @@ def _figure(name: str, before: float | None, after: float | None, interval: Any)
 
 
 def _verdict(
-    entry: Metric, before: float | None, after: float | None, interval: tuple[float | None, float | None]
+    entry: Metric,
+    before: float | None,
+    after: float | None,
+    interval: tuple[float | None, float | None],
+    chance: tuple[int, float],
 ) -> tuple[str, str]:
+    """A verdict and its words. `chance`: rows of the calibration error, and what chance alone can make it."""
     if after is None:
         return "", ""
     if entry.name in _COSTS:
         return "cost", "the price paid"
+    better = before is not None and before != after and (after > before) == (entry.better == "higher")
     if entry.healthy is not None:
         low, high = entry.healthy
         inside = (low is None or after >= low) and (high is None or after <= high)
-        return ("healthy", "in the healthy range") if inside else ("unhealthy", "outside the healthy range")
+        if inside:
+            return "healthy", "in the healthy range"
+        # Gaps are averaged without their sign, so chance adds at most its own error to that of the model.
+        if entry.name == CALIBRATION and high is not None and after <= high + chance[1]:
+            return "", f"{chance[0]} rows are too few to tell: chance alone makes up to {text.number(chance[1])}"
+        if better:
+            return "", "better, yet outside the healthy range"
+        return "unhealthy", "outside the healthy range"
     if before is None or before == after or entry.better is None:
         return "", ""
     if None not in interval and interval[0] <= before <= interval[1]:  # type: ignore[operator]
         return "", "before lies in the interval"
-    return ("better", "better") if (after > before) == (entry.better == "higher") else ("worse", "worse")
+    return ("better", "better") if better else ("worse", "worse")

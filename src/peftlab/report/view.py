@@ -107,7 +107,7 @@ def view_run(path: Path, whole: float | None = None) -> RunView:
     title = run.name.partition("/")[2] or recipe
     sign, status_text = _STATUS.get(status, ("?", status))
     figures = figures_of(run)
-    chart_groups, constants = charts_of(run)
+    chart_groups, constants = charts_of(run, {f.name for f in figures if f.verdict_text and not f.verdict})
     pairs, others = pairs_of(run.samples)
     recorded = read_recorded(path)
     return RunView(

@@ -101,6 +101,7 @@ def whole_folder(folder: Path, marker: str = MANIFEST) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        _readable(staging)
         _flush(staging)
         if folder.exists():
             folder.rename(replaced)
@@ -110,6 +111,14 @@ def whole_folder(folder: Path, marker: str = MANIFEST) -> Iterator[Path]:
         _put_back(replaced, folder)
         for leftover in (staging, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _readable(folder: Path) -> None:
+    """Gives files the rights of the umask, as the folder itself has them: safetensors writes for the owner alone."""
+    allowed = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode & 0o777 | allowed)
 
 
 def _put_back(replaced: Path, folder: Path) -> None:

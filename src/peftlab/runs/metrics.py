@@ -52,13 +52,14 @@ _REGISTRY = [
     Metric(
         "train/loss",
         "Mean cross-entropy per counted target token (per row for a classifier; dpo: its loss per pair), averaged over "
-        "the optimizer steps since the last log.",
+        "the rows since the last log, at least those of a whole batch: the last batch of an epoch may be a single row.",
         unit="nats", better="lower",
     ),
     Metric("train/lr", "Learning rate of the step just taken."),
     Metric(
         "train/grad_norm",
-        "L2 norm of the gradient over all trained parameters, before clipping.",
+        "L2 norm of the gradient over all trained parameters, before clipping; not told of a batch shorter "
+        "than the others.",
         source="watch for jumps: a spike of 10x its running level precedes divergence",
     ),
     Metric(

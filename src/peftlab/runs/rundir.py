@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import Interrupted, LabError, PeftlabError, UserError
+from ..errors import Interrupted, LabError, PeftlabError, UserError, with_article
 from . import environment as surroundings
 from .atomic import (
     append_line,
@@ -147,7 +147,7 @@ class RunDir:
         about = read_environment(path)
         before = about.get("recipe", "?")
         if before != recipe:
-            raise UserError(f"run {name!r} is a {before} run, not {recipe}; choose another --run")
+            raise UserError(f"run {name!r} is {with_article(before)} run, not {recipe}; choose another --run")
         began = about.get("processes", 1)
         if began != world_size():
             raise UserError(

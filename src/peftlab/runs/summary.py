@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from .atomic import read_rows
 from .checkpoint import CheckpointStore
 from .lock import is_locked
@@ -111,5 +111,6 @@ def find_run(root: Path, name: str) -> Path:
     for folder in (root / name, Path(name)):
         if (folder / "config.toml").is_file():
             return folder
-    known = ", ".join(run["run"] for run in list_runs(root)) or "none yet"
-    raise UserError(f"no run {name!r} below {root}; runs: {known}")
+    known = [run["run"] for run in list_runs(root)]
+    hint = f"; {near}" if (near := did_you_mean(name, known)) else ""
+    raise UserError(f"no run {name!r} below {root}; runs: {', '.join(known) or 'none yet'}{hint}")

@@ -18,7 +18,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.tokenize import IGNORED
@@ -26,10 +26,9 @@ from ..errors import Interrupted, LabError
 from ..ops import ranks
 from ..ops.finite import first_not_finite, not_finite
 from ..runs.checkpoint import CheckpointStore
-from ..runs.progress import Progress
+from .callback import LabCallback, Log
 from .sampler import BucketSampler
 
-Log = Callable[[Mapping[str, float], int], None]
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 WEIGHTS = "trained.safetensors"
 FILLER = "filler"  # in a batch: its row only keeps the process in step with the others, and counts for nothing
@@ -70,7 +69,7 @@ class LabTrainer(Trainer):
         self.in_parts, self.counted = args.gradient_accumulation_steps * ranks.size() > 1, 0
         self.loss_is_scaled_for_ga = self.in_parts or None
         self.remove_callback(PrinterCallback)
-        self.stopper = LabCallback(log, stop_requested, args.max_steps, self._check_updated)
+        self.stopper = LabCallback(log, stop_requested, args.max_steps, self._check_updated, self._weight)
         self.add_callback(self.stopper)
 
     def fit(self, checkpoint: Path | None) -> None:
@@ -141,9 +140,19 @@ class LabTrainer(Trainer):
         return loss * share * ranks.size()  # gradients become the mean over the processes
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Makes the gradients; returns the loss as it counts in the log's mean."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if ranks.size() > 1 and not self.accelerator.sync_gradients:
-            return loss  # looked at once the processes have one gradient, and with it all or none of them stop
+        if ranks.size() == 1 or self.accelerator.sync_gradients:
+            self._check_gradients(loss)  # else once the processes have one gradient, and all or none of them stop
+        return loss * self._weight(self.state.global_step + 1)
+
+    def _weight(self, step: int) -> float:
+        """The rows of this step's batch as a share of a whole one's: below 1 where it is an epoch's short last."""
+        rows, size = len(self.lengths), self.args.train_batch_size * self.args.gradient_accumulation_steps
+        before = (step - 1) % -(-rows // size) * size
+        return min(size, rows - before) / min(size, rows)
+
+    def _check_gradients(self, loss: torch.Tensor) -> None:
         gradients = {n: p.grad for n, p in self.learned.items() if p.grad is not None}
         if sites := not_finite({"train/loss": loss, **gradients}):
             bad = loss if sites[0] == "train/loss" else gradients[sites[0]]
@@ -153,7 +162,6 @@ class LabTrainer(Trainer):
                 f"step {self.state.global_step + 1}: {site} is {value}; its update was not made; lower lr, or look at "
                 f"the step's training rows {self._rows_of_step()}"
             )
-        return loss
 
     def _check_updated(self) -> None:
         """Adam may overflow on gradients that are finite; what it made of the weights is then never saved."""
@@ -200,38 +208,6 @@ class Rows(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[index]
-
-
-class LabCallback(TrainerCallback):
-    """Logs by the registry's names, stops on signals, shows how far it is; `updated` looks at each update."""
-
-    def __init__(
-        self, log: Log, stop_requested: Callable[[], int | None], total: int, updated: Callable[[], None]
-    ) -> None:
-        self.write, self.stop_requested, self.progress = log, stop_requested, Progress(total)
-        self.updated = updated
-        self.signum: int | None = None
-        self.logged = ""  # what a line between two logged steps says: the loss of the first, and which that is
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.updated()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.signum = ranks.agreed(self.stop_requested())
-        if self.signum:
-            control.should_save = control.should_training_stop = True
-        if not control.should_log:  # else its own figures come in a moment
-            self.progress.show(state.global_step, self.logged)
-        return control
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
-        names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
-        found = {ours: float((logs or {})[theirs]) for theirs, ours in names.items() if theirs in (logs or {})}
-        if found:
-            self.write(found, state.global_step)
-            told = f"loss {found.get('train/loss', math.nan):.4f}"
-            self.logged = f"{told} at step {state.global_step}"
-            self.progress.show(state.global_step, told)
 
 
 def _own_part(rows: Sequence[Any], collate: Callable[[Sequence[Any]], dict[str, Any]]) -> dict[str, Any]:
