@@ -220,6 +220,9 @@ def test_a_reward_model_scores_by_replays_as_without(tiny_causal, graphs):
             net.use(member)
             found += [net.score(*given) for given in batches]
     assert net.captured is not None and all(one.graphs for one in net.captured.passes.values())
+    kinds = len(net.captured.passes)
+    net.score(*(part.repeat(captured.LARGEST // part.numel() + 1, 1) for part in batches[0]))
+    assert len(net.captured.passes) == kinds, "a pass that large is run as it is"
     half = len(found) // 2
     torch.testing.assert_close(found[half:], found[:half], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found[0], found[len(batches)], atol=1e-2), "members differ"

@@ -11,6 +11,7 @@ from torch import nn
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone
 from peftlab.models.captured import KINDS
+from peftlab.models.reward_model import RewardNet
 from peftlab.models.roles import Roles
 from peftlab.training.quick_passes import quick_passes, replayed_passes
 from peftlab.training.state_loss import loss_from_states
@@ -62,6 +63,25 @@ def test_weights_that_move_are_those_of_the_next_replay(tiny_causal):
     with torch.no_grad():
         torch.testing.assert_close(moved, roles.policy_tokens(ids, mask, 4)[0], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(moved, seen[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_reward_model_scores_by_replays_and_follows_its_weights(tiny_causal, architecture):
+    model, tokenizer = tiny_causal(architecture)
+    net = RewardNet.fresh(Backbone("tiny", model.to("cuda"), tokenizer, ""), Lora(r=3, alpha=8), members=2)
+    ids, mask = batch(3, 9, 0)
+    for moved in (False, True):
+        for member in range(2):
+            net.use(member)
+            if moved:
+                with torch.no_grad():
+                    for parameter in net.learned(member).values():
+                        parameter.add_(0.3)
+            scores = [net.score(ids, mask).clone() for _ in range(3)]
+            for one in scores:
+                torch.testing.assert_close(one, net(ids, mask), rtol=1e-3, atol=1e-3)
+    assert net.captured is not None and len(net.captured.passes) == 2
+    assert all(one.graphs for one in net.captured.passes.values())
 
 
 def test_a_backward_behind_another_pass_of_its_role_is_refused(tiny_causal):

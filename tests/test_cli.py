@@ -340,18 +340,25 @@ def test_predict_reads_whatever_training_reads(place, shop):
     tiny.write_rows(place / "in.jsonl", rows)
     Path("in.csv").write_text('\ufeffid,text\r\nx,"the film, and\nits plot"\r\n7,"a ""plot"""\r\n', encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "in.parquet")
-    Path("named-by-nothing").write_bytes(Path("in.jsonl").read_bytes())
+    others = ("named-by-nothing", "rows.2026-11-28", "in.txt", "in.json")
+    for name in others:
+        Path(name).write_bytes(Path("in.jsonl").read_bytes())
+    Path("columns.csv").write_text('id,text,prompt\nx,"the film, and\nits plot",other\n7,,"a ""plot"""\n')
+    halves = [rows[0] | {"prompt": None}, {"id": "7", "text": None, "prompt": rows[1]["text"]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(halves), "columns.parquet")
     said = [told(f"predict {{gpt2}} --input {name}", **shop)
-            for name in ("in.jsonl", "in.csv", "in.parquet", "named-by-nothing")]
+            for name in ("in.jsonl", "in.csv", "in.parquet", "columns.csv", "columns.parquet", *others)]
     assert len(set(said)) == 1 and [json.loads(line)["id"] for line in said[0].splitlines()] == ["x", "7"]
     Path("bad.csv").write_text("review,stars\nA film.,5\n")
     Path("torn.csv").write_text("id,text\nx,A film.\n1\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"id": 1.5, "text": "A film."}]), "odd.parquet")
     Path("in.tsv").write_text("text\nA film.\n")
+    Path("null.jsonl").write_text('{"text": null, "prompt": null}\n')
     for name, message in {
         "bad.csv": "bad.csv:2: expected a row with a string `text` (or `prompt`, or `document`); the row has 'review'",
         "torn.csv": "torn.csv:3: 1 cells, but the header has 2",
         "odd.parquet": "odd.parquet:1: id: expected text or an integer, not 1.5",
+        "null.jsonl": "null.jsonl:1: expected a row with a string `text` (or `prompt`, or `document`); `text` is null",
         "in.tsv": "in.tsv: expected a file that ends in .jsonl, .csv, .parquet",
     }.items():
         outcome = peftlab(f"predict {{gpt2}} --input {name}", **shop)

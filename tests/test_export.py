@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -39,6 +40,7 @@ from peftlab.models.stacks import Stack, read_stack, stack_over
 from peftlab.recipes import export as recipe
 from peftlab.recipes import export_card
 from peftlab.recipes.export import export
+from peftlab.runs.checkpoint import whole_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["the film was great fun", "a dull plot and an awful actor"]
@@ -143,6 +145,16 @@ def test_whoever_the_umask_lets_may_read_all_of_it(shop, tmp_path, umask, mode):
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len({file.parent for file in files if file.suffix == ".safetensors"}) == 3
     assert {file.name: file.stat().st_mode & 0o777 for file in files} == {file.name: mode for file in files}
+
+
+def test_a_file_system_without_rights_of_its_own_keeps_what_was_written(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with whole_folder(tmp_path / "made") as staging:
+        (staging / "weights").touch(mode=0o600)
+    assert (tmp_path / "made" / "weights").exists()
 
 
 @pytest.mark.parametrize("name", ["base", "policy", "rslora", "dora"])

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from peftlab.models import lean as lean_module
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import Backbone, causal_logits
-from peftlab.models.lean import ATTENTION, attend_in_full, attention, keep_less, recompute
+from peftlab.models.lean import ATTENTION, _Rotated, attend_in_full, attention, keep_less, recompute
 from peftlab.models.roles import Roles
 from peftlab.ops.masks import position_ids
 
@@ -148,6 +148,14 @@ def test_what_is_not_short_float32_rows_with_a_mask_goes_to_sdpa(monkeypatch):
         assert attention(torch.nn.Module(), query, key, key, mask, **given) == "sdpa", what
     assert attention(torch.nn.Module(), x, x, x, seen)[0].shape == (1, 4, 2, 8)
     assert ATTENTION in lean_module.ALL_ATTENTION_FUNCTIONS
+
+
+def test_queries_and_keys_are_rounded_once_under_autocast():
+    x, angles = torch.randn(2, 5, 3, 8).bfloat16(), torch.randn(2, 1, 5, 4).repeat(1, 1, 1, 2)
+    made = _Rotated.apply(x, angles.cos(), angles.sin())
+    exact = _Rotated.apply(x.double(), angles.double().cos(), angles.double().sin())
+    assert made.dtype == torch.bfloat16
+    torch.testing.assert_close(made, exact.bfloat16(), atol=1e-6, rtol=2**-8)
 
 
 def test_lean_attention_with_a_cache_is_transformers(tiny_causal):

@@ -66,6 +66,14 @@ def test_a_calibration_error_is_red_where_it_became_worse_by_more_than_chance(
     assert words in page and red == (verdict == "unhealthy",) * 2
 
 
+def test_a_figure_without_a_direction_does_not_become_better(tmp_path):
+    run = RunDir.create(tmp_path, "spread", "rloo", 'recipe = "rloo"\n')
+    with run.session():
+        run.finish({"reward/std": 0.05}, {"reward/std": 0.5})
+    (figure,) = figures_of(read_run(run.path))
+    assert (figure.verdict, figure.verdict_text) == ("unhealthy", "outside the healthy range")
+
+
 @pytest.mark.parametrize("rows", [50, 200, 1000])
 def test_a_calibrated_model_keeps_to_what_chance_makes(rows, tmp_path):
     """So in about 95 of 100 samples; and its error is no small part of that, so the bound hides little."""

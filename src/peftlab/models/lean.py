@@ -147,12 +147,13 @@ class _Rotated(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, sign: float) -> Tensor:
-    turned = torch.mul(x, cosine, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    made = torch.result_type(x, cosine)  # that of cosines under autocast: rounded once, at the end
+    turned = torch.mul(x, cosine, out=torch.empty(x.shape, dtype=made, device=x.device))
     first, second = x.chunk(2, -1)
     sine = sine.chunk(2, -1)[0]
     for half, by, value in zip(turned.chunk(2, -1), (second, first), (-sign, sign), strict=True):
         half.addcmul_(by, sine, value=value)
-    return turned
+    return turned.to(x.dtype)
 
 
 def attention(

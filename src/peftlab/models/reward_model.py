@@ -23,7 +23,7 @@ from ..runs.checkpoint import whole_folder
 from .adapter_files import check_tensors, load_adapter, load_under, read_weights, write_peft
 from .adapters import Lora, activate, adapter_parameters, attach, only
 from .backbone import Backbone, last_states, trunk
-from .captured import CapturedStates, capturable, padded
+from .captured import LARGEST, CapturedStates, capturable, padded
 from .catalog import resolve
 from .classifier import pad_right
 from .heads import ScalarHead, reward_head
@@ -64,6 +64,7 @@ class RewardNet(nn.Module):
     def learn(self, member: int) -> None:
         """`use`, and its LoRA and head become all that asks for gradients."""
         self.use(member)
+        self.captured = None  # training needs the memory
         self.requires_grad_(False)
         for parameter in self.learned(member).values():
             parameter.requires_grad_(True)
@@ -84,7 +85,7 @@ class RewardNet(nn.Module):
         device = input_ids.device
         if self.captured is None and device.type == "cuda" and capturable(self.model.get_base_model()):
             self.captured = CapturedStates(trunk(self.model), device)
-        if self.captured is None:
+        if self.captured is None or input_ids.numel() > LARGEST:
             scores: Tensor = self(input_ids, attention_mask)
             return scores
         mask, name = attention_mask.bool(), member_name(self.member)

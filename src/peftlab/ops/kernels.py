@@ -9,17 +9,19 @@ Shapes: N rows of states of width D; K = 3D + `ones` where they are float32, and
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 THREADS = 256
-SHARED = 48 << 10  # bytes of its own that any block may ask for
+SHARED = 48 << 10  # bytes of its own from which on a block has to ask
 AS_IT_IS, GELU, GATED = range(3)
+C = TypeVar("C")
 
 
 class Kernels:
@@ -33,26 +35,38 @@ class Kernels:
 
     def columns(self, x: Tensor, made: int = AS_IT_IS, ones: int = 0) -> Tensor:
         """x (N, D), its GELU (tanh), or of (N, 2D) the SiLU of the first half times the second -> (N, K)."""
+        assert x.dtype == self.dtype and fitting(x)
         width = x.shape[1] // 2 if made == GATED else x.shape[1]
         out = self._rows(len(x), width, ones)
         grid = -(-x.shape[0] * width // (4 * THREADS)), 1, 1
         self._launch(self._columns, grid, THREADS, 0, x, out, len(x), x.stride(0), width, out.shape[1], made)
         return out
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, ones: int = 0) -> Tensor:
-        """The LayerNorm of x (N, D), or its RMSNorm where there is no bias -> (N, K)."""
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, ones: int = 0) -> Tensor:
+        """x (N, D) -> (N, K)."""
+        return self._norm(x, weight, bias, epsilon, ones, centred=True)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float, ones: int = 0) -> Tensor:
+        """x (N, D) -> (N, K)."""
+        return self._norm(x, weight, weight, epsilon, ones, centred=False)
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, ones: int, centred: bool) -> Tensor:
+        assert x.is_contiguous() and weight.dtype == bias.dtype == x.dtype == self.dtype
         rows, width = x.shape
         out = self._rows(rows, width, ones)
-        centred = bias is not None
-        threads = min(THREADS, -(-width // 128) * 32)
-        given = x, weight, weight if bias is None else bias, out, width, out.shape[1], int(centred), epsilon
-        self._launch(self._norms, (rows, 1, 1), threads, 0, *given)
+        given = x, weight, bias, out, width, out.shape[1], int(centred), epsilon
+        self._launch(self._norms, (rows, 1, 1), min(THREADS, -(-width // 128) * 32), 0, *given)
         return out
 
     def holds(self, heads: int, groups: int, slots: int, width: int) -> bool:
-        """Whether `attend` takes such heads, and has room for so many slots."""
+        """Whether `attend` takes such heads, and has room for so many slots; compiles it for them."""
         each = heads // groups
-        return width % 4 == 0 and width <= 256 and each <= 16 and _shared(each, width, slots) <= SHARED
+        if width % 4 or width > 256 or each > 16 or _shared(each, width, slots) >= SHARED:
+            return False
+        if (each, width) not in self._attends:
+            sizes = f"#define EACH {each}\n#define WIDTH {width}\n#define THREADS {_threads(each)}\n"
+            self._attends[each, width] = _or_torch(lambda: self._compiled("attend", sizes))
+        return self._attends[each, width] is not None
 
     def attend(
         self,
@@ -64,16 +78,15 @@ class Kernels:
         ones: int = 0,
     ) -> Tensor:
         """A token a row, x (N, H + 2G, W) of queries, keys and values, attends to the slots of a cache (2, N, G, S, W)
-        up to `slot` (1,), into which its own go -> (N, K), K of D = H W.
+        up to `slot` (1,), into which its own go -> (N, K), K of D = H W. Where it `holds` them.
 
         `rotary`: cosines and sines (N, W), of which the first half is negative. `unseen` (N, S) is added to scores.
         """
         _, rows, groups, slots, width = cache.shape
         heads = x.shape[1] - 2 * groups
         each = heads // groups
-        if (each, width) not in self._attends:
-            sizes = f"#define EACH {each}\n#define WIDTH {width}\n#define THREADS {_threads(each)}\n"
-            self._attends[each, width] = self._compiled("attend", sizes)
+        assert x.is_contiguous() and cache.is_contiguous() and unseen.is_contiguous()
+        assert x.dtype == cache.dtype == unseen.dtype == self.dtype
         out = self._rows(rows, heads * width, ones)
         cosine, sine = rotary or (x, x)
         given = x, cosine, sine, cache, unseen, slot, out, slots, out.shape[1], int(rotary is not None)
@@ -95,6 +108,8 @@ class Kernels:
             return torch.cuda._compile_kernel(source, name)
 
     def _launch(self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, *given: Any) -> None:
+        if not grid[0]:
+            return
         with torch.cuda.device(self.device):
             kernel(grid, (threads, 1, 1), list(given), shared)
 
@@ -121,8 +136,14 @@ def kernels_of(device: torch.device, dtype: torch.dtype) -> Kernels | None:
     known = dtype in (torch.float32, torch.bfloat16) and device.type == "cuda" and not torch.version.hip
     if not known or torch.cuda.get_device_capability(device) < (8, 0):
         return None
+    return _or_torch(lambda: Kernels(device, dtype))
+
+
+def _or_torch(compiled: Callable[[], C]) -> C | None:
+    """What is compiled, or None, with a warning, where it cannot be."""
     try:
-        return Kernels(device, dtype)
+        return compiled()
     except Exception as error:  # of a driver, of NVRTC, of a torch that calls it otherwise: torch alone does it too
-        warnings.warn(f"kernels were not compiled, so decoding is slower: {error}", stacklevel=2)
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"a kernel was not compiled, so decoding and float32 products are slower: {why}", stacklevel=2)
         return None

@@ -82,6 +82,7 @@ class SplitWeight:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, rows: SplitRows | None = None) -> None:
+        assert weight.dtype in (torch.float32, torch.bfloat16)
         self.rows, self.dtype = rows or SplitRows(), weight.dtype
         self.biased = bias is not None
         wide = (3 if self.dtype == torch.float32 else 1) * weight.shape[1] + ONES * self.biased

@@ -84,24 +84,26 @@ def _field(module: str, line: ast.AnnAssign) -> tuple[Any, Any]:
     if inner := _fields(module, ast.unparse(line.annotation)):
         table = _made(inner)
         return table, Field(default_factory=table)
-    if isinstance(line.value, ast.Call):  # what a key is for may be told by what is no constant
-        line.value.keywords = [word for word in line.value.keywords if word.arg != "description"]
+    value = line.value
+    if isinstance(value, ast.Call):  # what a key is for may be told by what is no constant
+        value = ast.Call(value.func, value.args, [word for word in value.keywords if word.arg != "description"])
     try:
-        return _value(module, line.annotation), _value(module, line.value) if line.value else ...
+        return _value(module, line.annotation), _value(module, value) if value else ...
     except NameError:
         return Any, None
 
 
 def _value(module: str, node: ast.expr) -> Any:
-    """What an expression of our own source is worth."""
-    return eval(ast.unparse(node), {}, _Names(module))
+    """What an expression of our own source is worth, of builtins the types alone."""
+    return eval(ast.unparse(node), {"__builtins__": {}}, _Names(module))
 
 
 class _Names(dict[str, Any]):
     """What the names in a module mean, as far as annotations and their bounds take them: types and constants."""
 
     def __init__(self, module: str) -> None:
-        super().__init__({"Any": Any, "Field": Field, "Literal": Literal})
+        super().__init__({kind.__name__: kind for kind in (bool, dict, float, int, list, str, tuple)})
+        self |= {"Any": Any, "Field": Field, "Literal": Literal}
         self.module = module
 
     def __missing__(self, name: str) -> Any:
@@ -126,4 +128,4 @@ def _defined(module: str, name: str) -> tuple[str, ast.stmt | None]:
 @cache
 def _statements(module: str) -> list[ast.stmt]:
     file = HOUSE.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    return ast.parse(file.read_text(encoding="utf-8")).body
+    return ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else []  # a package has none of its own

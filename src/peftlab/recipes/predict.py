@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.check import file_rows
+from ..data.readers import READERS
 from ..data.records import fields_of, row_id
 from ..errors import UserError
 from ..evaluation.summaries import SummaryFormat, summarize
@@ -99,7 +100,9 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
     if path.is_dir():
         raise UserError(f"--input {path}: is a folder; give a JSONL, CSV or Parquet file")
     rows: list[dict[str, Any]] = []
-    for number, row in file_rows(path, path.suffix.lower() or ".jsonl"):  # a pipe has a name without one
+    suffix = path.suffix.lower()
+    told = suffix in (*READERS, ".tsv")  # else JSON lines: a pipe has a name without one, a file may be rows.2026-11
+    for number, row in file_rows(path, suffix if told else ".jsonl"):
         given = row if isinstance(row, dict) else {}
         try:
             if isinstance(row, ValueError):
@@ -107,19 +110,27 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
             numbered = row_id(given) is None
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
-        found = {name: next((given[f] for f in fields if f in given), None) for name, fields in wanted.items()}
+        fields = {name: _telling(given, known) for name, known in wanted.items()}
+        found = {name: given.get(field) for name, field in fields.items()}
         if not all(isinstance(value, str) for value in found.values()):
-            told = " and ".join(map(_alternatives, wanted.values()))
-            has = f"; the row has {fields_of(given)}" if given and None in found.values() else ""
-            raise UserError(f"{path}:{number}: expected a row with a string {told}{has}")
+            strings = " and ".join(map(_alternatives, wanted.values()))
+            null = next((f"; `{field}` is null" for field in fields.values() if field and given[field] is None), None)
+            has = null or (f"; the row has {fields_of(given)}" if given and "" in fields.values() else "")
+            raise UserError(f"{path}:{number}: expected a row with a string {strings}{has}")
         blank = next((name for name, value in found.items() if name != MAY_BE_EMPTY and not str(value).strip()), None)
         if blank is not None:
-            field = next(f for f in wanted[blank] if f in given)
-            raise UserError(f"{path}:{number}: `{field}` is empty; give a text, or take the row out")
+            raise UserError(f"{path}:{number}: `{fields[blank]}` is empty; give a text, or take the row out")
         rows.append({"id": len(rows) if numbered else given["id"], **found})
     if not rows:
         raise UserError(f"--input {path}: holds no rows; give one JSON object a line, or a CSV or Parquet file")
     return rows
+
+
+def _telling(row: Mapping[str, Any], fields: tuple[str, ...]) -> str:
+    """The first of these fields that is not empty, else the first that is there, or "". A table has all its columns in
+    every row: what one leaves empty, the next may tell."""
+    there = [field for field in fields if field in row]
+    return next((field for field in there if row[field] not in (None, "")), (there or [""])[0])
 
 
 def _alternatives(fields: tuple[str, ...]) -> str:

@@ -124,7 +124,8 @@ def _verdict(
         return "", ""
     if entry.name in _COSTS:
         return "cost", "the price paid"
-    better = before is not None and before != after and (after > before) == (entry.better == "higher")
+    told = before is not None and before != after and entry.better is not None
+    better = before is not None and told and (after > before) == (entry.better == "higher")
     if entry.healthy is not None:
         low, high = entry.healthy
         inside = (low is None or after >= low) and (high is None or after <= high)
@@ -136,7 +137,7 @@ def _verdict(
         if better:
             return "", "better, yet outside the healthy range"
         return "unhealthy", "outside the healthy range"
-    if before is None or before == after or entry.better is None:
+    if before is None or not told:
         return "", ""
     if None not in interval and interval[0] <= before <= interval[1]:  # type: ignore[operator]
         return "", "before lies in the interval"

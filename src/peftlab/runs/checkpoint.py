@@ -117,8 +117,10 @@ def _readable(folder: Path) -> None:
     """Gives files the rights of the umask, as the folder itself has them: safetensors writes for the owner alone."""
     allowed = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(path.stat().st_mode & 0o777 | allowed)
+        mode = path.stat().st_mode & 0o777
+        if path.is_file() and not path.is_symlink() and mode | allowed != mode:
+            with contextlib.suppress(OSError):  # a file system without rights of its own refuses
+                path.chmod(mode | allowed)
 
 
 def _put_back(replaced: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ def few_queries(query: Tensor, keys: Tensor, values: Tensor, unseen: Tensor) -> 
     `unseen` (B, 1, 1, S) is added to the scores: 0, or far below it. Two plain products are quicker than the fused
     kernels, which are made for tiles of 32 queries and more: in float32, and on a CPU in any dtype.
     """
-    if query.is_cuda and query.dtype != torch.float32:
+    if query.dtype != torch.float32 and query.device.type != "cpu":
         return scaled_dot_product_attention(query, keys, values, attn_mask=unseen.expand(*query.shape[:3], -1))
     scores = query.mul(query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
     return scores.add_(unseen).softmax(-1) @ values

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,12 +79,12 @@ class Fused(Plain):
         self.kernels, self.ones = kernels, ones
 
     def rows(self, x: Tensor) -> Tensor:
-        return self.kernels.columns(x, AS_IT_IS, self.ones)
+        return self.kernels.columns(x, AS_IT_IS, self.ones) if self.ones or x.dtype == torch.float32 else x
 
     def norm(self, x: Tensor, norm: Any) -> Tensor:
         if isinstance(norm, nn.LayerNorm):
-            return self.kernels.norm(x, norm.weight, norm.bias, norm.eps, self.ones)
-        return self.kernels.norm(x, norm.weight, None, norm.variance_epsilon, self.ones)
+            return self.kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, self.ones)
+        return self.kernels.rms_norm(x, norm.weight, norm.variance_epsilon, self.ones)
 
     def gelu(self, x: Tensor) -> Tensor:
         return self.kernels.columns(x, GELU, self.ones)

@@ -155,8 +155,8 @@ class FusedLlama:
         x = body.embed_tokens(tokens)
         cosine, sine = (part[:, 0] for part in body.rotary_emb(x.unsqueeze(1), positions.unsqueeze(1)))
         # The rotation takes (a, b) to (a cos - b sin, b cos + a sin): with the sign on the sine, b and a change places.
-        first, second = sine.chunk(2, -1)
-        rotary = cosine.contiguous(), torch.cat([-first, second], -1)
+        negative, positive = sine.chunk(2, -1)
+        rotary = cosine.contiguous(), torch.cat([-negative, positive], -1)
         for layer, block in enumerate(body.layers):
             first = 4 * layer
             made = products(first, between.norm(x, block.input_layernorm)).view(len(x), -1, self.width)

@@ -63,11 +63,11 @@ class LabCallback(TrainerCallback):
             self.logged = f"{told} at step {state.global_step}"
             self.progress.show(state.global_step, told)
 
-
     def _mean_loss(self, state: Any) -> float:
         """The mean over the rows since the last log, with those before it where these are fewer than a batch.
 
-        Trainer divides the sum by its steps, and keeps it in a history that checkpoints hold: a resume tells the same.
+        Trainer divides the sum by its steps, and keeps it in a history that checkpoints hold. What it has summed up
+        since is in none: of a run that was stopped between two logs, the next tells the rows after the stop.
         """
         row = state.log_history[-1]
         weights = [self.weight(step) for step in range(self.since + 1, state.global_step + 1)]
