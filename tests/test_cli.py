@@ -26,9 +26,10 @@ from peftlab import cli
 from peftlab.cli.runs import runs_list
 from peftlab.cli.shared import print_rows
 from peftlab.config import Config, keys, load_config, shipped_configs
+from peftlab.data.sources import RecordSet
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
-from peftlab.recipes import RECIPES, load
+from peftlab.recipes import RECIPES, common, load
 from peftlab.recipes.declared import declared, declared_keys
 from peftlab.runs.progress import folded, folded_text, say
 
@@ -363,6 +364,26 @@ def test_predict_reads_whatever_training_reads(place, shop):
     }.items():
         outcome = peftlab(f"predict {{gpt2}} --input {name}", **shop)
         assert outcome.code == 2 and message in outcome.err, outcome.err
+
+
+def test_answers_of_predict_are_not_named_as_what_they_are_not(place):
+    tiny.write_rows(place / "in.jsonl", [{"text": "A film."}])
+    outcome = peftlab("predict imdb-sentiment --input in.jsonl --output out.csv --device cpu")
+    assert outcome.code == 2 and "--output out.csv: answers are JSON" in outcome.err and not Path("out.csv").exists()
+
+
+def test_rows_of_ones_own_with_held_out_rows_of_another_are_said_to_be(place, shop, monkeypatch):
+    tiny.write_rows(place / "mine.jsonl", [{"text": "the film was a film, the plot a plot"}] * 8)
+    monkeypatch.setattr(common, "load_rows", lambda *_: RecordSet([], "rows", "sha"))
+    monkeypatch.setattr(common, "note_data", lambda *_: None)
+    said: list[str] = []
+    monkeypatch.setattr(common, "say", said.append)
+    for held_out, told in (("imdb:test", 1), ("mine.jsonl", 0)):
+        said.clear()
+        config = load("sft").CONFIG(train_data="mine.jsonl", eval_data=held_out)
+        for which in ("train", "eval"):
+            common.load_recorded(None, config, which, "sft")
+        assert len(said) == told and all("eval_data=FILE" in line for line in said)
 
 
 def test_generate_says_the_same_under_the_same_seed(shop):

@@ -43,6 +43,8 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
             f"predict: {adapter} is a model without an adapter, which only continues a text; "
             f"`peftlab generate {adapter} --prompt TEXT` does that"
         )
+    if output is not None and output.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise UserError(f"--output {output}: answers are JSON, one a line; give a name that ends in .jsonl")
     wanted = ANSWER if kind == "reward" else INPUT
     rows = [{"id": 0, "text": text}] if source is None else _read(source, wanted)
     verb = {"classifier": _classify, "seq2seq": _summarize, "reward": _score}.get(kind, _continue)

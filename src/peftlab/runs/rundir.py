@@ -166,7 +166,7 @@ class RunDir:
         if not vacant(path):
             raise UserError(
                 f"run folder {path} is not empty; --resume continues that run, another --run starts anew"
-                + ("; peftlab runs prune --status failed removes those that failed" if _failed(path) else "")
+                + ("; it failed: delete the folder to take its name again" if _failed(path) else "")
             )
         about = {
             "schema_version": 1,
