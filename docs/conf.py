@@ -63,8 +63,9 @@ def pages_of_ours(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
         if name.endswith(".md"):
             body = rendered(text)
         else:
-            block = app.builder.highlighter.highlight_block(text, "python")
-            body = f"<h1>{html.escape(name)}</h1>\n{anchored(block, text)}"
+            python = name.endswith(".py")
+            block = app.builder.highlighter.highlight_block(text, "python" if python else "cuda")
+            body = f"<h1>{html.escape(name)}</h1>\n{anchored(block, text) if python else block}"
         yield f"{SOURCES}/{name}", {"title": name, "body": body, "parents": []}, "page.html"
 
 

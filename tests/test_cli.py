@@ -351,12 +351,18 @@ def test_predict_reads_whatever_training_reads(place, shop):
             for name in ("in.jsonl", "in.csv", "in.parquet", "columns.csv", "columns.parquet", *others)]
     assert len(set(said)) == 1 and [json.loads(line)["id"] for line in said[0].splitlines()] == ["x", "7"]
     Path("bad.csv").write_text("review,stars\nA film.,5\n")
+    Path("semicolons.csv").write_text("text;stars\nA film.;5\n")
+    assert told("predict {gpt2} --input bad.csv --columns text=review", **shop).startswith('{"id": 0, "text": ')
     Path("torn.csv").write_text("id,text\nx,A film.\n1\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"id": 1.5, "text": "A film."}]), "odd.parquet")
     Path("in.tsv").write_text("text\nA film.\n")
     Path("null.jsonl").write_text('{"text": null, "prompt": null}\n')
     for name, message in {
-        "bad.csv": "bad.csv:2: expected a row with a string `text` (or `prompt`, or `document`); the row has 'review'",
+        "bad.csv": "expected a row with a string `text` (or `prompt`, or `document`); the row has 'review', 'stars'; "
+        "--columns text=COLUMN names another",
+        "semicolons.csv": "semicolons.csv:1: cells are separated by ';'; save the file with commas",
+        "bad.csv --columns text=reviews": "the row has 'review', 'stars'",
+        "bad.csv --columns text=review,label=stars": "once for each field, --columns text=review --columns label=stars",
         "torn.csv": "torn.csv:3: 1 cells, but the header has 2",
         "odd.parquet": "odd.parquet:1: id: expected text or an integer, not 1.5",
         "null.jsonl": "null.jsonl:1: expected a row with a string `text` (or `prompt`, or `document`); `text` is null",

@@ -102,6 +102,7 @@ def test_the_users_function_is_found_in_the_working_directory(tmp_path, monkeypa
         "my_house_rewards:long": "has no 'long'$",
         "my_house_rewards:shrot": r"has no 'shrot'; did you mean short\?",
         "my_house_rewards:x": "not a function",
+        "my_house_rewards.py:short": "write a module without .py, my_house_rewards:short",
         "nowhere_to_be_found:f": "no module 'nowhere_to_be_found'",
     }.items():
         with pytest.raises(UserError, match=words):
@@ -109,12 +110,14 @@ def test_the_users_function_is_found_in_the_working_directory(tmp_path, monkeypa
 
 
 def test_what_a_users_function_raises_is_a_line_that_names_its_own(tmp_path, monkeypatch):
-    code = "def f(p, c, r):\n    return g(c)\n\n\ndef g(c):\n    return c[0].none\n"
+    code = "def f(p, c, r):\n    return g(c)\n\n\ndef g(c):\n    return c[0].none\n\n\ndef two(p, c):\n    return c\n"
     (tmp_path / "raising_rewards.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(LabError, match=r"raising_rewards:f: raising_rewards.py, line 6: AttributeError: .*none"):
         user_function("raising_rewards:f")([], ["a"], [])
+    with pytest.raises(LabError, match=r"raising_rewards:two: takes \(prompts, completions, records\); TypeError: two"):
+        user_function("raising_rewards:two")([], ["a"], [])
     with pytest.raises(UserError, match="raising_rewards is a module; name a function of it, raising_rewards:FUNCTION"):
         reward_of("raising_rewards", "")
 

@@ -67,14 +67,18 @@ def predict(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL to write, one row per input row, in order")] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, where the data's name is another")] = None,
     device: Device = "auto",
 ) -> None:
     """Run an adapter on a text or on a file."""
+    from ..data.check import column_pairs
+
+    mapped = column_pairs(columns or [])  # before the libraries load
     loading()
     from ..models.catalog import named
     from ..recipes.predict import predict as run_predict
 
-    run_predict(named(adapter), text, input, output, device)
+    run_predict(named(adapter), text, input, output, device, mapped)
 
 
 @app.command(

@@ -5,6 +5,7 @@ Files are read row by row, so a check needs the memory of one row and of the ids
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +147,8 @@ def column_pairs(pairs: Sequence[str]) -> dict[str, str]:
         name, equals, column = pair.partition("=")
         if not equals or not column:
             raise UserError(f"--columns {pair}: expected FIELD=COLUMN, for example text=review")
+        if re.search(r",\w+=", column):
+            raise UserError(f"--columns {pair}: once for each field, --columns text=review --columns label=stars")
         columns[name] = column
     try:
         known_fields(columns)

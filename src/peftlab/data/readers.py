@@ -103,6 +103,8 @@ def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
         raise UserError(f"{path}:1: not valid CSV: {error}") from None
     if any(map(_ESCAPED.search, header)):
         raise UserError(f"{path}:1: the header is not UTF-8; save the file as UTF-8")
+    if len(header) == 1 and (mark := next((mark for mark in ";\t" if mark in header[0]), None)):
+        raise UserError(f"{path}:1: cells are separated by {mark!r}; save the file with commas")
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{path}:1: the column {shown(twice)} appears twice")

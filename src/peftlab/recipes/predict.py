@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.check import file_rows
+from ..data.check import file_rows, rename_columns
 from ..data.readers import READERS
 from ..data.records import fields_of, row_id
 from ..errors import UserError
@@ -27,8 +27,18 @@ ANSWER = {"prompt": ("prompt",), "completion": ("completion",)}  # for a reward 
 MAY_BE_EMPTY = "completion"  # a policy may end its answer at once, and a reward has an opinion of that
 
 
-def predict(adapter: str, text: str | None, source: Path | None, output: Path | None, device: str) -> None:
-    """Write one row per input row, in order; without `output`, rows go to standard output as JSON lines."""
+def predict(
+    adapter: str,
+    text: str | None,
+    source: Path | None,
+    output: Path | None,
+    device: str,
+    columns: Mapping[str, str] | None = None,
+) -> None:
+    """Write one row per input row, in order; without `output`, rows go to standard output as JSON lines.
+
+    `columns` maps a field to the column of `source` that it is.
+    """
     if (text is None) == (source is None):
         raise UserError("predict: give either --text or --input")
     if text is not None and not text.strip():
@@ -46,7 +56,7 @@ def predict(adapter: str, text: str | None, source: Path | None, output: Path | 
     if output is not None and output.suffix.lower() in (".csv", ".tsv", ".parquet"):
         raise UserError(f"--output {output}: answers are JSON, one a line; give a name that ends in .jsonl")
     wanted = ANSWER if kind == "reward" else INPUT
-    rows = [{"id": 0, "text": text}] if source is None else _read(source, wanted)
+    rows = [{"id": 0, "text": text}] if source is None else _read(source, wanted, columns)
     verb = {"classifier": _classify, "seq2seq": _summarize, "reward": _score}.get(kind, _continue)
     answers = verb(adapter, rows, device)
     if output is not None:
@@ -95,7 +105,9 @@ def _score(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[str,
     return [{"id": row["id"], "score": score} for row, score in zip(rows, scores.tolist(), strict=True)]
 
 
-def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+def _read(
+    path: Path, wanted: Mapping[str, tuple[str, ...]], columns: Mapping[str, str] | None
+) -> list[dict[str, Any]]:
     """Rows with an id and what is `wanted` of them, strings; UserError naming the first line that lacks it."""
     if not path.exists():
         raise UserError(f"--input {path}: no such file")
@@ -105,7 +117,7 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
     suffix = path.suffix.lower()
     told = suffix in (*READERS, ".tsv")  # else JSON lines: a pipe has a name without one, a file may be rows.2026-11
     for number, row in file_rows(path, suffix if told else ".jsonl"):
-        given = row if isinstance(row, dict) else {}
+        given = rename_columns(row, columns) if isinstance(row, dict) else {}
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -117,7 +129,9 @@ def _read(path: Path, wanted: Mapping[str, tuple[str, ...]]) -> list[dict[str, A
         if not all(isinstance(value, str) for value in found.values()):
             strings = " and ".join(map(_alternatives, wanted.values()))
             null = next((f"; `{field}` is null" for field in fields.values() if field and given[field] is None), None)
-            has = null or (f"; the row has {fields_of(given)}" if given and "" in fields.values() else "")
+            first = next(iter(wanted.values()))[0]
+            hint = "" if columns else f"; --columns {first}=COLUMN names another"
+            has = null or (f"; the row has {fields_of(row)}{hint}" if given and "" in fields.values() else "")
             raise UserError(f"{path}:{number}: expected a row with a string {strings}{has}")
         blank = next((name for name, value in found.items() if name != MAY_BE_EMPTY and not str(value).strip()), None)
         if blank is not None:

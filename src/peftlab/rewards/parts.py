@@ -100,6 +100,8 @@ def user_function(path: str) -> RewardFunction:
     module_name, _, function_name = path.partition(":")
     if not (module_name and function_name):
         raise UserError(f"reward {path!r}: expected module:function, for example my_rewards:politeness")
+    if module_name.endswith(".py"):
+        raise UserError(f"reward {path!r}: write a module without .py, {module_name[:-3]}:{function_name}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -127,8 +129,10 @@ def _told_in_a_line(path: str, function: RewardFunction, file: str | None) -> Re
             raise
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
-            place = f"{Path(frame.filename).name}, line {frame.lineno}"
+            frame = next((frame for frame in reversed(frames) if frame.filename == file), None)
+            if frame is None and isinstance(error, TypeError):  # it was not even entered
+                raise LabError(f"reward {path}: takes (prompts, completions, records); {brief(error)}") from error
+            place = f"{Path((frame or frames[-1]).filename).name}, line {(frame or frames[-1]).lineno}"
             raise LabError(f"reward {path}: {place}: {brief(error)}") from error
 
     return called

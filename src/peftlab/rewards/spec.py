@@ -75,7 +75,10 @@ def terms(spec: str) -> list[Term]:
                 f"reward: {piece.strip()!r} is no part; write NAME or WEIGHT*NAME, joined by +, for example "
                 "imdb-sentiment + 0.5*rubric:length; quotes keep a name with + or * together"
             )
-        found.append(Term(weight, match[3] or match[4]))
+        name = match[3] or match[4]
+        if Path(f"{name}.py").is_file() and not Path(name).exists():
+            raise UserError(f"reward: {name} is a module; name a function of it, {name}:FUNCTION")
+        found.append(Term(weight, name))
     return found
 
 
@@ -131,8 +134,6 @@ def _part(
         return RewardPart(name, function, term.weight)
     if term.is_function:
         return RewardPart(term.name.rpartition(":")[2], user_function(term.name), term.weight)
-    if Path(f"{term.name}.py").is_file() and not Path(term.name).exists():
-        raise UserError(f"reward: {term.name} is a module; name a function of it, {term.name}:FUNCTION")
     if kind_of(term.name) == "reward":
         return RewardPart(_called(term.name), learned(RewardModel.load(term.name, device, ground)), term.weight)
     classifier = TextClassifier.load(term.name, device=device)

@@ -56,6 +56,7 @@ class StopSignals:
         if self.requested is not None and rank() == 0:
             if Progress.open:
                 os.write(2, b"\n")
+            os.write(2, b"left at once; --resume goes on from the last checkpoint\n")
             os._exit(128 + signum)
         self.request(signum)
         if rank():
