@@ -221,7 +221,7 @@ def test_a_reward_model_scores_by_replays_as_without(tiny_causal, graphs):
             found += [net.score(*given) for given in batches]
     assert net.captured is not None and all(one.graphs for one in net.captured.passes.values())
     kinds = len(net.captured.passes)
-    net.score(*(part.repeat(captured.LARGEST // part.numel() + 1, 1) for part in batches[0]))
+    net.score(*(part.repeat(captured.CAPTURED_TOKENS // part.numel() + 1, 1) for part in batches[0]))
     assert len(net.captured.passes) == kinds, "a pass that large is run as it is"
     half = len(found) // 2
     torch.testing.assert_close(found[half:], found[:half], atol=1e-4, rtol=1e-4)

@@ -189,7 +189,11 @@ def unembedding(model: Any) -> Tensor | None:
 
 def last_states(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
     """The final state (B, D) at each row's last real token, whatever the padding side. No logits are computed."""
-    states: Tensor = trunk(model)(**_inputs(input_ids, mask)).last_hidden_state
+    return at_last(trunk(model)(**_inputs(input_ids, mask)).last_hidden_state, mask)
+
+
+def at_last(states: Tensor, mask: Tensor) -> Tensor:
+    """Of states (B, T, D) those at each row's last real token, (B, D)."""
     return states[torch.arange(len(states), device=states.device), last_true(mask)]
 
 

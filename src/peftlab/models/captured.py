@@ -25,8 +25,8 @@ from .lean import ATTENTION
 
 # Kinds that are remembered; beyond them all are forgotten.
 KINDS = 64
-# Tokens of a pass from which on a GPU runs its kernels for longer than they take to be started.
-LARGEST = 1 << 14
+# Tokens up to which a pass without a gradient is worth a graph; above, the device is busy for longer than launches are.
+CAPTURED_TOKENS = 1 << 14
 Acting = Callable[[], AbstractContextManager[None]]
 Kind = tuple[str | None, bool, int, int]
 

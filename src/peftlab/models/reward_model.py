@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from ..data.tokenize import encode
 from ..errors import UserError, with_article
-from ..ops.masks import last_true
 from ..runs.checkpoint import whole_folder
 from .adapter_files import check_tensors, load_adapter, load_under, read_weights, write_peft
 from .adapters import Lora, activate, adapter_parameters, attach, only
-from .backbone import Backbone, last_states, trunk
-from .captured import LARGEST, CapturedStates, capturable, padded
+from .backbone import Backbone, at_last, last_states, trunk
+from .captured import CAPTURED_TOKENS, CapturedStates, capturable, padded
 from .catalog import resolve
 from .classifier import pad_right
 from .heads import ScalarHead, reward_head
@@ -85,12 +84,12 @@ class RewardNet(nn.Module):
         device = input_ids.device
         if self.captured is None and device.type == "cuda" and capturable(self.model.get_base_model()):
             self.captured = CapturedStates(trunk(self.model), device)
-        if self.captured is None or input_ids.numel() > LARGEST:
+        if self.captured is None or input_ids.numel() > CAPTURED_TOKENS:
             scores: Tensor = self(input_ids, attention_mask)
             return scores
         mask, name = attention_mask.bool(), member_name(self.member)
         states = self.captured(input_ids, *padded(mask), name, partial(only, self.model, name))
-        scores = self.heads[self.member](states[torch.arange(len(states), device=device), last_true(mask)])
+        scores = self.heads[self.member](at_last(states, mask))
         return scores
 
     def train(self, mode: bool = True) -> Self:

@@ -45,6 +45,8 @@ def predict(
         raise UserError("--text: is empty; give the text to predict")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
+    if output is not None and output.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise UserError(f"--output {output}: answers are JSON, one a line; give a name that ends in .jsonl")
     kind = kind_of(adapter)
     if kind == "reward" and source is None:
         raise UserError(f"predict: {adapter} scores an answer to a prompt; give --input with `prompt` and `completion`")
@@ -53,8 +55,6 @@ def predict(
             f"predict: {adapter} is a model without an adapter, which only continues a text; "
             f"`peftlab generate {adapter} --prompt TEXT` does that"
         )
-    if output is not None and output.suffix.lower() in (".csv", ".tsv", ".parquet"):
-        raise UserError(f"--output {output}: answers are JSON, one a line; give a name that ends in .jsonl")
     wanted = ANSWER if kind == "reward" else INPUT
     rows = [{"id": 0, "text": text}] if source is None else _read(source, wanted, columns)
     verb = {"classifier": _classify, "seq2seq": _summarize, "reward": _score}.get(kind, _continue)

@@ -129,10 +129,11 @@ def _told_in_a_line(path: str, function: RewardFunction, file: str | None) -> Re
             raise
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            frame = next((frame for frame in reversed(frames) if frame.filename == file), None)
-            if frame is None and isinstance(error, TypeError):  # it was not even entered
+            own = [frame for frame in frames if frame.filename == file]
+            if not own and isinstance(error, TypeError):  # it was not even entered
                 raise LabError(f"reward {path}: takes (prompts, completions, records); {brief(error)}") from error
-            place = f"{Path((frame or frames[-1]).filename).name}, line {(frame or frames[-1]).lineno}"
+            frame = (own or frames)[-1]
+            place = f"{Path(frame.filename).name}, line {frame.lineno}"
             raise LabError(f"reward {path}: {place}: {brief(error)}") from error
 
     return called

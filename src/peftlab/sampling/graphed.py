@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..models.captured import CAPTURED_TOKENS
 from ..ops.masks import UNSEEN
 from .between import Rotary, rotated
 from .choice import BLOCK, Decoding, choose_in_blocks, row_uniforms
 from .fused import FusedStep
 from .slab import Slab, row_bucket, slot_bucket
 
-# Tokens of prompts up to which reading them is worth a graph; above, the device is busy for longer than launches take.
-CAPTURED_TOKENS = 1 << 14
 # Kinds of steps that are remembered. Beyond them all are forgotten: a graph holds some megabytes of the device.
 KINDS = 64
 # (rows, slots) of the slab; slots that are seen (negative: of prompts to be read); temperature, top_k and top_p.
@@ -69,13 +68,14 @@ class GraphedDecoder:
         slab = self._slab(rows, prompt + steps)
         slab.begin(ids, mask, prompt, row_uniforms(seeds, steps), -1 if eos_id is None else eos_id)
         size, choice = slab.unseen.shape, (decoding.temperature, decoding.top_k, decoding.top_p)
+        layer = slab.cache[0]  # all are alike
         for step in range(steps):
             if turn != self.turn:
                 raise RuntimeError("another decode began before this one had ended: they share one cache")
             if step == 0:
                 self._run((size, -prompt, choice), partial(self._read, slab, prompt, decoding))
             else:
-                seen = self.step.between.seen(self.step.heads, slab.cache[0], slot_bucket(prompt + step))
+                seen = self.step.between.seen(self.step.heads, layer, slot_bucket(prompt + step))
                 self._run((size, seen, choice), partial(self._advance, slab, seen, decoding))
             yield slab.chosen[step, :rows], slab.logprobs[step, :rows]
             if eos_id is not None and (step + 1) % look_every == 0 and bool(slab.ended.all()):
