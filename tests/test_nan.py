@@ -110,13 +110,50 @@ def in_turn(sites: list[tuple[str, str]], other: float) -> list[tuple[str, str, 
 )
 def test_a_supervised_run_stops(shop, tmp_path, monkeypatch, verb, site, value):
     fault = Fault(value)
+    with monkeypatch.context() as patch:
+        spoil_training(site, fault, patch)
+        with pytest.raises(LabError) as caught:
+            go(shop, verb, tmp_path)
+    assert_stopped(tmp_path / verb, caught.value, "train/loss" if site == "loss" else list(fault.weights)[-1])
+    if site != "parameter":  # that one is the update
+        assert not fault.moved()
+
+
+@pytest.mark.parametrize(
+    ("verb", "site", "value"),
+    in_turn([(verb, site) for verb in ("sft", "classify") for site in ("loss", "gradient", "parameter")], math.inf),
+)
+def test_a_fused_optimizer_is_not_waited_for_and_keeps_the_weights(shop, tmp_path, monkeypatch, verb, site, value):
+    """As on a GPU: of 200 steps the third is neither logged nor saved, and what it met is told before the fourth."""
+    fault, steps, made = Fault(value), [], LabTrainer.training_step
+    init = torch.optim.AdamW.__init__
+
+    def training_step(self, *args, **kwargs):
+        steps.append((self.state.global_step + 1, self.look is not None))
+        return made(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda *a, **k: init(*a, **k | {"fused": True, "foreach": None}))
+    monkeypatch.setattr(LabTrainer, "training_step", training_step)
+    with monkeypatch.context() as patch:
+        spoil_training(site, fault, patch)
+        with pytest.raises(LabError) as caught:
+            go(shop, verb, tmp_path, "max_steps=200", "save_every=0", "epochs=200")
+    assert steps == [(1, False), (2, False), (3, True), (4, True)], "the first was logged, which waits"
+    assert f"step {BAD}: " in str(caught.value)
+    assert ("train/loss" if site == "loss" else list(fault.weights)[-1]) in str(caught.value)
+    if site != "parameter":
+        assert "its update was not made" in str(caught.value) and not fault.moved()
+
+
+def spoil_training(site: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
+    """Makes `site` of a supervised run bad in the bad step."""
     compute, updated = LabTrainer.compute_loss, LabCallback.on_optimizer_step
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         fault.at(self.state.global_step + 1, self.learned)
         loss = compute(self, model, inputs, *args, **kwargs)
         if fault.active:
-            row = self.data_collator([self.train_dataset[row] for row in self._rows_of_step()])
+            row = self.data_collator([self.train_dataset[row] for row in self._rows_of_step(BAD)])
             assert all(torch.equal(row[name], inputs[name]) for name in row if name in inputs), "the rows it names"
         if site == "gradient" and fault.active:
             list(fault.weights.values())[-1].register_hook(fault.spoil)
@@ -128,14 +165,8 @@ def test_a_supervised_run_stops(shop, tmp_path, monkeypatch, verb, site, value):
             parameter.data = fault.spoil(parameter.data)
         updated(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(LabTrainer, "compute_loss", compute_loss)
-        patch.setattr(LabCallback, "on_optimizer_step", after_update)
-        with pytest.raises(LabError) as caught:
-            go(shop, verb, tmp_path)
-    assert_stopped(tmp_path / verb, caught.value, "train/loss" if site == "loss" else list(fault.weights)[-1])
-    if site != "parameter":  # that one is the update
-        assert not fault.moved()
+    patch.setattr(LabTrainer, "compute_loss", compute_loss)
+    patch.setattr(LabCallback, "on_optimizer_step", after_update)
 
 
 # Site -> what the message calls it. Each is spoilt where it is made.

@@ -15,7 +15,7 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 class LabCallback(TrainerCallback):
-    """Logs by the registry's names, stops on signals, shows how far it is; `updated` looks at each update.
+    """Logs by the registry's names, stops on signals, shows how far it is; `made` raises where a step went wrong.
 
     `weight`: the share at which a step's loss is in what Trainer sums. The short last batch of an epoch may be a single
     row, whose loss and gradient are mostly chance: told beside those of whole batches, they look like a divergence. So
@@ -27,20 +27,17 @@ class LabCallback(TrainerCallback):
         log: Log,
         stop_requested: Callable[[], int | None],
         total: int,
-        updated: Callable[[], None],
+        made: Callable[[], None],
         weight: Callable[[int], float],
     ) -> None:
         self.write, self.stop_requested, self.progress = log, stop_requested, Progress(total)
-        self.updated, self.weight = updated, weight
+        self.made, self.weight = made, weight
         self.since = 0  # the step behind which the sum of the next log begins
         self.signum: int | None = None
         self.logged = ""  # what a line between two logged steps says: the loss of the first, and which that is
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.since = state.global_step
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.updated()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         self.signum = ranks.agreed(self.stop_requested())
@@ -51,6 +48,7 @@ class LabCallback(TrainerCallback):
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        self.made()
         names = {"loss": "train/loss", "learning_rate": "train/lr", "grad_norm": "train/grad_norm"}
         found = {ours: float((logs or {})[theirs]) for theirs, ours in names.items() if theirs in (logs or {})}
         if "train/loss" in found:

@@ -1,14 +1,14 @@
 """transformers' Trainer with the lab's sampler, checkpoints, log and stop.
 
 Trainer writes its checkpoint into a staging folder that the store hashes and renames, and of the model only what
-learns; it resumes from the newest verified one. A loss or gradient that is not finite stops it before the update.
+learns; it resumes from the newest verified one. A loss or gradient that is not finite stops it, without an update: a
+fused optimizer leaves the weights as they are by itself, so the host need not wait for a step before the next one.
 Where a batch comes in parts (gradient accumulation, or several processes), each part's mean loss counts by its share of
 what the batch's loss is a mean over, so that the parts make the gradient of the whole.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +24,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..data.tokenize import IGNORED
 from ..errors import Interrupted, LabError
 from ..ops import ranks
-from ..ops.finite import first_not_finite, not_finite
 from ..runs.checkpoint import CheckpointStore
 from .callback import LabCallback, Log
+from .look import Look
 from .sampler import BucketSampler
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 WEIGHTS = "trained.safetensors"
+LOSS = "train/loss"
 FILLER = "filler"  # in a batch: its row only keeps the process in step with the others, and counts for nothing
 
 
@@ -69,7 +70,8 @@ class LabTrainer(Trainer):
         self.in_parts, self.counted = args.gradient_accumulation_steps * ranks.size() > 1, 0
         self.loss_is_scaled_for_ga = self.in_parts or None
         self.remove_callback(PrinterCallback)
-        self.stopper = LabCallback(log, stop_requested, args.max_steps, self._check_updated, self._weight)
+        self.look: Look | None = None
+        self.stopper = LabCallback(log, stop_requested, args.max_steps, self._require_finite, self._weight)
         self.add_callback(self.stopper)
 
     def fit(self, checkpoint: Path | None) -> None:
@@ -115,6 +117,7 @@ class LabTrainer(Trainer):
         return self.staging
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._require_finite()
         with self.store.stage(self.state.global_step) as folder:
             self.staging = str(folder)
             super()._save_checkpoint(model, trial)
@@ -141,9 +144,10 @@ class LabTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Makes the gradients; returns the loss as it counts in the log's mean."""
+        self._settle()
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         if ranks.size() == 1 or self.accelerator.sync_gradients:
-            self._check_gradients(loss)  # else once the processes have one gradient, and all or none of them stop
+            self._look(loss)  # else once the processes have one gradient, and all or none of them stop
         return loss * self._weight(self.state.global_step + 1)
 
     def _weight(self, step: int) -> float:
@@ -152,27 +156,42 @@ class LabTrainer(Trainer):
         before = (step - 1) % -(-rows // size) * size
         return min(size, rows - before) / min(size, rows)
 
-    def _check_gradients(self, loss: torch.Tensor) -> None:
-        gradients = {n: p.grad for n, p in self.learned.items() if p.grad is not None}
-        if sites := not_finite({"train/loss": loss, **gradients}):
-            bad = loss if sites[0] == "train/loss" else gradients[sites[0]]
-            index, value = first_not_finite(bad) or ([], math.nan)
-            site = sites[0] if bad is loss else f"the gradient of {sites[0]}{index}"
-            raise LabError(
-                f"step {self.state.global_step + 1}: {site} is {value}; its update was not made; lower lr, or look at "
-                f"the step's training rows {self._rows_of_step()}"
-            )
+    def _look(self, loss: torch.Tensor) -> None:
+        """At loss and gradients, and at what the update before made of the weights: Adam may overflow on gradients that
+        are finite."""
+        gradients = {f"the gradient of {n}": p.grad for n, p in self.learned.items() if p.grad is not None}
+        self.look = Look(self.state.global_step + 1, {**self.learned, LOSS: loss, **gradients})
+        bare: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if bare.defaults.get("fused"):
+            bare.found_inf = self.look.bad
+        else:
+            self._settle()
 
-    def _check_updated(self) -> None:
-        """Adam may overflow on gradients that are finite; what it made of the weights is then never saved."""
-        if names := not_finite(self.learned):
-            raise LabError(f"step {self.state.global_step + 1}: its update made {names[0]} NaN or infinite; lower lr")
+    def _settle(self) -> None:
+        """Raises LabError where the last look found what is not finite."""
+        look, self.look = self.look, None
+        if look is None or not (sites := look.sites()):
+            return
+        site = next(iter(sites))
+        if site in self.learned:
+            raise LabError(f"step {look.step - 1}: its update made {site} {sites[site]}; lower lr")
+        holds = "is" if site == LOSS else "holds"
+        raise LabError(
+            f"step {look.step}: {site} {holds} {sites[site]}; its update was not made; lower lr, or look at the step's "
+            f"training rows {self._rows_of_step(look.step)}"
+        )
 
-    def _rows_of_step(self) -> list[int]:
-        """Numbers, from 0, of the training rows in the batch of the step under way."""
+    def _require_finite(self) -> None:
+        """Of the step just made, before it is told or saved; waits for it."""
+        self._settle()
+        self.look = Look(self.state.global_step + 1, self.learned)
+        self._settle()
+
+    def _rows_of_step(self, step: int) -> list[int]:
+        """Numbers, from 0, of the training rows in a step's batch."""
         sampler = self._get_train_sampler()
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        epoch, batch = divmod(self.state.global_step, -(-len(sampler) // size))
+        epoch, batch = divmod(step - 1, -(-len(sampler) // size))
         sampler.set_epoch(epoch)
         return list(sampler)[batch * size : (batch + 1) * size]
 
