@@ -55,6 +55,7 @@ class QuickLora(Linear):
     """
 
     split: SplitWeight | None = None
+    _rounded: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
@@ -96,9 +97,19 @@ class QuickLora(Linear):
         if parts is not None:
             return parts(x)
         if x.dtype != layer.weight.dtype:
-            return F.linear(x, _weight(layer).to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+            return F.linear(x, self.weight_in(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
         made: Tensor = layer(x)
         return made
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight (E, D), rounded once for all passes."""
+        weight = _weight(self.base_layer)
+        if weight.dtype == dtype:
+            return weight
+        of = weight.data_ptr(), weight._version, dtype
+        if self._rounded is None or self._rounded[0] != of:
+            self._rounded = of, weight.detach().to(dtype)
+        return self._rounded[1]
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (..., D) by a LoRA's weight (r, D), (T, r)."""
@@ -160,4 +171,4 @@ class _Frozen(torch.autograd.Function):
 
 def _before(gradient: Tensor, layer: QuickLora) -> Tensor:
     """The gradient (..., D) of a frozen layer's input, of that (..., E) of what it gives."""
-    return gradient @ _weight(layer.base_layer).to(gradient.dtype)
+    return gradient @ layer.weight_in(gradient.dtype)

@@ -144,8 +144,8 @@ class LabTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Makes the gradients; returns the loss as it counts in the log's mean."""
-        self._settle()
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._settle()  # of the step before, only now: the device has had its next work meanwhile
         if ranks.size() == 1 or self.accelerator.sync_gradients:
             self._look(loss)  # else once the processes have one gradient, and all or none of them stop
         return loss * self._weight(self.state.global_step + 1)
