@@ -66,6 +66,25 @@ def test_weights_that_move_are_those_of_the_next_replay(tiny_causal):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_merged_policy_says_and_learns_what_it_does_beside_its_base(tiny_causal, architecture):
+    """Merged kernel by kernel, then captured, then replayed: each time with weights that have moved."""
+    ours, theirs = (roles_on_cuda(tiny_causal, architecture, "shared") for _ in range(2))
+    ours.quicken(merged=True)
+    theirs.quicken()
+    for turn in range(5):
+        for roles in (ours, theirs):
+            for at, parameter in enumerate(roles.policy_parameters().values()):
+                torch.manual_seed(31 * turn + at)
+                nn.init.normal_(parameter, std=0.1)
+            roles.moved()
+        for one, other in zip(read(ours, *batch(3, 9, turn), 4), read(theirs, *batch(3, 9, turn), 4), strict=True):
+            assert (one - other).norm() <= 2e-3 * other.norm() + 1e-5
+        if turn == 3:
+            ours.refresh(None)  # as an evaluation of the reference leaves it
+    assert ours.merged is not None and ours.merged.graph is not None
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_reward_model_scores_by_replays_and_follows_its_weights(tiny_causal, architecture):
     model, tokenizer = tiny_causal(architecture)
     net = RewardNet.fresh(Backbone("tiny", model.to("cuda"), tokenizer, ""), Lora(r=3, alpha=8), members=2)

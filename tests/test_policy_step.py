@@ -37,7 +37,7 @@ def gradient_of(learner: PolicyTrainer, tokens: int, patch: pytest.MonkeyPatch) 
 
     def counting(self, rollout, rows, loss_of, *held):
         passes = []
-        figures = backward(self, rollout, rows, lambda part: (passes.append(len(part)), loss_of(part))[1], *held)
+        figures = backward(self, rollout, rows, lambda part: (passes.append(len(part.rows)), loss_of(part))[1], *held)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         made.append((torch.cat([p.grad.flatten() for p in parameters]).double(), figures, len(passes)))
         return figures

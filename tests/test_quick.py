@@ -21,7 +21,7 @@ from peftlab.models.quick_lora import QuickLora, _LowRank
 from peftlab.models.roles import Roles
 from peftlab.ops import logprobs as logprobs_module
 from peftlab.ops.logprobs import entropy, state_logprobs, token_logprobs
-from peftlab.rl.rollout import crop, passes
+from peftlab.rl.rollout import passes
 from peftlab.sampling import engine as engine_module
 from peftlab.sampling.engine import CachedDecoder, PlainDecoder
 from peftlab.sampling.sampler import Decoding, Sampler, Samples
@@ -231,12 +231,13 @@ def test_passes_take_every_row_once_and_lose_padding_alone(rows, before, behind,
     found: list[int] = []
     some = torch.randperm(rows)[: max(1, rows - 2)]
     for part in passes(samples, some, 2 * (before + behind)):
-        assert len(part) <= 2
-        cut, seen, keep = crop(samples, part)
-        assert cut.shape == seen.shape == (len(part), int(fronts[part].max() + ends[part].max()))
-        assert keep == int(ends[part].max())
-        assert cut[seen].tolist() == samples.ids[part][samples.mask[part]].tolist()
-        found += part.tolist()
+        own = part.rows
+        assert len(own) <= 2
+        assert part.ids.shape == part.mask.shape == (len(own), int(fronts[own].max() + ends[own].max()))
+        assert part.keep == int(ends[own].max())
+        assert part.ids[part.mask].tolist() == samples.ids[own][samples.mask[own]].tolist()
+        assert torch.equal(torch.stack(part.counted), mask[own].nonzero().t())
+        found += own.tolist()
     assert sorted(found) == sorted(some.tolist())
 
 

@@ -77,11 +77,11 @@ class Bandit:
     def reference(self, ids, mask, keep):
         return REFERENCE[:keep].expand(len(ids), -1, -1)
 
-    def policy_tokens(self, ids, mask, keep, temperature):
+    def policy_tokens(self, ids, mask, keep, temperature, counted):
         logits = self.policy(ids, mask, keep)
         return token_logprobs(logits, ids[:, -keep:]), entropy(logits), self.values(ids, mask, keep)
 
-    def reference_logprobs(self, ids, mask, keep, temperature):
+    def reference_logprobs(self, ids, mask, keep, temperature, counted):
         return token_logprobs(self.reference(ids, mask, keep), ids[:, -keep:])
 
     def values(self, ids, mask, keep):
@@ -92,6 +92,8 @@ class Bandit:
 
     def refresh(self):
         """It samples from its logits themselves."""
+
+    moved = refresh
 
     def log_prob(self, said: tuple[int, ...]) -> torch.Tensor:
         return sum(self.logits[place].log_softmax(-1)[token] for place, token in enumerate(said))

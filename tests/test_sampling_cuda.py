@@ -106,6 +106,20 @@ def test_greedy_is_transformers_in_fp32(sampler):
     assert apart.any(1).sum() < len(PROMPTS) / 8
 
 
+def test_values_read_while_sampling_are_those_of_a_pass(kind):
+    roles = Roles(backbone(kind, torch.float32), Lora(r=8))
+    for parameter in (roles.policy_parameters() | roles.critic_parameters()).values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    roles.refresh()
+    sampler = Sampler(roles.twin, roles.tokenizer)
+    for _ in range(3):  # called, captured, replayed
+        samples = sampler.sample(PROMPTS, SEEDS, Decoding(32), roles.shared_head)
+        with torch.no_grad():
+            values = roles.values(samples.ids, samples.mask, samples.completion_ids.shape[1])
+        assert values.std() > 0.1
+        torch.testing.assert_close(samples.readings, values * samples.completion_mask, atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_refreshed_weights_act_in_captured_graphs(kind, dtype):
     roles = Roles(backbone(kind, dtype), Lora(r=8), critic="none")

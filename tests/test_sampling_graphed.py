@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from peftlab.models.adapters import Lora, attach
-from peftlab.models.backbone import causal_logits
+from peftlab.models.backbone import causal_logits, causal_logits_and_states
 from peftlab.ops.logprobs import token_logprobs
 from peftlab.ops.masks import completion_mask
+from peftlab.ops.split import SplitHead, SplitRows
 from peftlab.sampling import graphed
+from peftlab.sampling.between import Fused
 from peftlab.sampling.choice import BLOCK, Decoding, choose, choose_in_blocks, row_uniforms
 from peftlab.sampling.fused import fused_step
 from peftlab.sampling.graphed import GraphedDecoder
@@ -103,6 +105,29 @@ def test_a_second_decoder_of_a_model_leaves_the_first_ones_weights_in_place(samp
     second = GraphedDecoder(fused_step(sampler.model))
     assert places == [parameter.data_ptr() for parameter in sampler.model.parameters()]
     assert torch.equal(decode(second, sampler, Decoding(6))[2], decode(decoder, sampler, Decoding(6))[2])
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_the_states_that_are_kept_are_those_that_tokens_were_chosen_from(sampler, monkeypatch, parts):
+    """As they lie, and read off the high and low parts that a GPU's kernels leave."""
+    sampler.eos_id = None
+    decoder, width = GraphedDecoder(fused_step(sampler.model)), sampler.model.config.hidden_size
+    if parts:
+        products, norm = decoder.step.products, decoder.step.products.last.norm
+        products.last = Fused(None, 0)
+        monkeypatch.setattr(products.last, "norm", lambda *given: SplitRows().of(norm(*given)))
+        products.packed.split_head = SplitHead(products.packed.head)
+    ids, mask = sampler.pad(PROMPTS)
+    steps = list(decoder.decode(ids, mask, SEEDS, None, Decoding(7), keep=True))
+    tokens = torch.stack([tokens.clone() for tokens, _ in steps], 1)
+    states = decoder.states(7, len(ids))
+    assert states.shape == (7, len(ids), width) and states.dtype == torch.float32
+    _, expected = causal_logits_and_states(
+        sampler.model, torch.cat([ids, tokens], 1), torch.cat([mask, torch.ones_like(tokens, dtype=torch.bool)], 1), 7
+    )
+    torch.testing.assert_close(states.transpose(0, 1), expected, atol=2e-4, rtol=1e-4)
+    without = torch.stack([tokens for tokens, _ in decoder.decode(ids, mask, SEEDS, None, Decoding(7))], 1)
+    assert torch.equal(tokens, without)
 
 
 def test_weights_written_in_place_act(sampler, decoder):

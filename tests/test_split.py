@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from peftlab.models import quick_lora
+from peftlab.models import packed, quick_lora
 from peftlab.models import roles as roles_module
 from peftlab.models.adapters import Lora, activate
-from peftlab.models.backbone import Backbone
+from peftlab.models.backbone import Backbone, causal_logits
 from peftlab.models.quick_lora import QuickLora, split_products
 from peftlab.models.roles import Roles
+from peftlab.ops.logprobs import token_logprobs
 from peftlab.ops.split import SplitRows, SplitWeight, in_tf32
 from peftlab.rl.rollout import PromptBatch, collect_rollout, first_step
 from peftlab.runs.metrics import first_ratio_limit
-from peftlab.sampling import fused
 from peftlab.sampling.fused import fused_step
 from peftlab.sampling.graphed import GraphedDecoder
 from peftlab.sampling.sampler import Decoding, Sampler
@@ -72,23 +72,25 @@ def test_tf32_is_left_as_it_was_found():
 @pytest.fixture
 def split(monkeypatch):
     """This CPU as a device on which splitting pays."""
-    for module in (quick_lora, roles_module):
+    for module in (packed, quick_lora, roles_module):
         monkeypatch.setattr(module, "splits_pay", lambda device: True)
 
 
-def roles_of(causal, architecture: str, critic: str = "shared") -> Roles:
+def roles_of(causal, architecture: str, critic: str = "shared", merged: bool = False) -> Roles:
     model, tokenizer = causal(architecture)
     roles = Roles(Backbone("tiny", model, tokenizer, ""), Lora(r=3, alpha=8), critic)
-    roles.quicken()
+    roles.quicken(merged)
+    assert (roles.merged is not None) == merged
     layers = [module for module in roles.model.modules() if isinstance(module, QuickLora)]
     assert layers and roles.split_head is not None and all(layer.split is not None for layer in layers)
     return roles
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("critic", ["shared", "adapter", "none"])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_the_invariants_of_a_first_step_hold_with_split_products(tiny_causal, split, architecture, critic):
-    roles = roles_of(tiny_causal, architecture, critic)
+def test_the_invariants_of_a_first_step_hold_with_split_products(tiny_causal, split, architecture, critic, merged):
+    roles = roles_of(tiny_causal, architecture, critic, merged)
     prompts = PromptBatch([[3, 4, 5], [6], [7, 8]], ["a", "b", "c"], [None] * 3)
     reward = lambda prompts, completions, records: (torch.zeros(len(completions)), {})  # noqa: E731
     sampler = Sampler(roles.twin, roles.tokenizer)
@@ -99,11 +101,13 @@ def test_the_invariants_of_a_first_step_hold_with_split_products(tiny_causal, sp
     assert float(rollout.exact_kl.sum()) == 0.0
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_split_products_change_neither_what_is_read_nor_what_is_learned(tiny_causal, monkeypatch, split, architecture):
-    roles = roles_of(tiny_causal, architecture)
+def test_split_products_change_neither_what_is_read_nor_what_is_learned(tiny_causal, split, architecture, merged):
+    roles = roles_of(tiny_causal, architecture, merged=merged)
     for parameter in (roles.policy_parameters() | roles.critic_parameters()).values():
         nn.init.normal_(parameter, std=0.3)
+    roles.moved()
     learned = [*roles.policy_parameters().values(), *roles.critic_parameters().values()]
 
     def read() -> list[torch.Tensor]:
@@ -112,7 +116,7 @@ def test_split_products_change_neither_what_is_read_nor_what_is_learned(tiny_cau
         return [logprobs, entropies, values, roles.reference_logprobs(IDS, MASK, 3, 0.7), *gradients]
 
     ours = read()
-    roles.split_head = None
+    roles.split_head = roles.merged = None
     for module in roles.model.modules():
         if isinstance(module, QuickLora):
             module.split = None
@@ -130,10 +134,12 @@ def test_a_decode_by_split_products_follows_the_weights(tiny_causal, monkeypatch
         return torch.stack([logprobs.clone() for _, logprobs in steps])
 
     plain = fused_step(model)
-    monkeypatch.setattr(fused, "splits_pay", lambda device: True)
+    monkeypatch.setattr(packed, "_KNOWN", {})
+    monkeypatch.setattr(packed, "splits_pay", lambda device: True)
     split = fused_step(model)
-    assert split.products.split and not plain.products.split
-    weights = [*split.products.split, split.products.split_head]
+    parts = split.products.packed
+    assert parts.split and not plain.products.packed.split
+    weights = [*parts.split, parts.split_head]
     before = decoded(split)
     torch.testing.assert_close(before, decoded(plain), atol=5e-4, rtol=0)
     with torch.no_grad():
@@ -142,6 +148,27 @@ def test_a_decode_by_split_products_follows_the_weights(tiny_causal, monkeypatch
     torch.testing.assert_close(decoded(split), decoded(plain), atol=5e-4, rtol=0)
     assert not torch.allclose(decoded(split), before, atol=1e-3)
     assert all(weight.rows._last is None for weight in weights), "a decode keeps no layer's input"
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_merged_policy_follows_its_adapter_and_leaves_the_sampler_what_it_asked_for(tiny_causal, split, architecture):
+    roles = roles_of(tiny_causal, architecture, merged=True)
+    with torch.no_grad():
+        reference = roles.reference_logprobs(IDS, MASK, 3)
+        assert torch.equal(roles.policy_tokens(IDS, MASK, 3)[0], reference)
+        for parameter in roles.policy_parameters().values():
+            nn.init.normal_(parameter, std=0.3)
+        roles.moved()
+        moved = roles.policy_tokens(IDS, MASK, 3)[0]
+        assert not torch.allclose(moved, reference, atol=1e-2)
+        activate(roles.model, "policy")  # what reads the adapter by itself gets what PEFT makes of it
+        beside = token_logprobs(causal_logits(roles.model, IDS, MASK, 3), IDS[:, -3:]) * MASK[:, -3:]
+        torch.testing.assert_close(moved, beside, atol=1e-3, rtol=0)
+
+        roles.refresh(None)
+        twin = causal_logits(roles.twin, IDS, MASK, 3)
+        torch.testing.assert_close(twin, roles.reference(IDS, MASK, 3), atol=1e-3, rtol=0)
+        assert torch.equal(roles.policy_tokens(IDS, MASK, 3)[0], moved)
 
 
 def test_what_is_not_plain_float32_is_not_split(tiny_causal, split, monkeypatch):

@@ -31,7 +31,7 @@ def roles_of(job: Job) -> tuple[Roles, ScoreFunction]:
     model = quicken_layers(policy_of(job)).to(job.device).requires_grad_(False).eval()
     backbone = Backbone(job.model, model, tokenizer, "")
     roles = Roles(backbone, LORA, "shared" if job.algorithm == "ppo" else "none")
-    roles.quicken()
+    roles.quicken(merged=True)
     if job.reward == "function":
         return roles, lambda prompts, completions, records: (torch.tensor(reward_of(completions)), {})
     net = RewardNet.fresh(replace(backbone, model=roles.model), LORA).requires_grad_(False)

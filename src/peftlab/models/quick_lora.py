@@ -5,6 +5,7 @@ Shapes: T tokens, D inputs and E outputs of a layer, r the rank of its LoRA.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops.split import SplitRows, SplitWeight, in_tf32, product_dtype, splits_pay
 from .lean import recompute
+from .packed import matrix
 
 CASTABLE = {torch.float32, torch.bfloat16, torch.float16}  # what autocast rounds
 
@@ -36,13 +38,17 @@ def split_products(model: nn.Module) -> None:
     for module in model.modules():
         base: Any = getattr(module, "base_layer", None)
         if isinstance(module, QuickLora) and base.weight.dtype == torch.float32 and splits_pay(base.weight.device):
-            module.split = SplitWeight(_weight(base), base.bias, rows)
+            module.split = SplitWeight(matrix(base), base.bias, rows)
 
 
-def _weight(base: Any) -> Tensor:
-    """The weight (E, D) of a linear layer of either kind."""
-    weight: Tensor = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    return weight
+@dataclass
+class Merged:
+    """A layer's weight (E, D) with the adapter in it, and the same in parts: what the layer multiplies by while this
+    `acts`, in place of base and LoRA. Whoever changes the adapter writes it there."""
+
+    weight: Tensor
+    split: SplitWeight
+    acts: bool = False
 
 
 class QuickLora(Linear):
@@ -55,6 +61,7 @@ class QuickLora(Linear):
     """
 
     split: SplitWeight | None = None
+    merged_weight: Merged | None = None
     _rounded: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,6 +71,9 @@ class QuickLora(Linear):
             return result
         if own:
             down, up = self.lora_A[own[0]].weight, self.lora_B[own[0]].weight
+            merged = self.merged_weight
+            if merged is not None and merged.acts and self._parts(x) is not None:
+                return _ReadMerged.apply(x, down, up, self, self.scaling[own[0]], merged)
             made: Tensor = _LowRank.apply(x, down, up, self, self.scaling[own[0]])
         else:
             made = _Frozen.apply(x, self)
@@ -103,12 +113,12 @@ class QuickLora(Linear):
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The frozen weight (E, D), rounded once for all passes."""
-        weight = _weight(self.base_layer)
+        weight = matrix(self.base_layer)
         if weight.dtype == dtype:
             return weight
         of = weight.data_ptr(), weight._version, dtype
         if self._rounded is None or self._rounded[0] != of:
-            self._rounded = of, weight.detach().to(dtype)
+            self._rounded = of, weight.to(dtype)
         return self._rounded[1]
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -150,6 +160,32 @@ class _LowRank(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_x = _before(gradient, ctx.layer).addmm_(back, down.to(gradient.dtype)).view(ctx.shape).to(ctx.dtype)
             return of_x, (back.t() @ states).to(down.dtype), of_up.to(up.dtype), None, None
+
+
+class _ReadMerged(torch.autograd.Function):
+    """y = (W + s B A) x + b by one product, with the gradients of A (r, D) and B (E, r). Keeps x, or what it is made
+    of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, layer: QuickLora, scale: float, merged: Merged
+    ) -> Tensor:
+        ctx.make, made_of = recompute(x)
+        ctx.save_for_backward(down, up, *made_of)
+        ctx.layer, ctx.scale, ctx.merged, ctx.shape = layer, scale, merged, x.shape
+        return merged.split(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        down, up, *made_of = ctx.saved_tensors
+        states = ctx.make(*made_of).reshape(-1, down.shape[1])
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        with ctx.layer.gradients():
+            of_down = (gradient @ up).mul_(ctx.scale).t() @ states
+            of_up = (gradient.t() @ (states @ down.t())).mul_(ctx.scale)
+            of_x = (gradient @ ctx.merged.weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+            return of_x, of_down, of_up, None, None, None
 
 
 class _Frozen(torch.autograd.Function):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -32,10 +32,13 @@ from .backbone import (
 from .captured import CapturedStates, capturable, padded
 from .heads import ScalarHead
 from .lean import attend_in_full, keep_less
+from .merged import MergedPolicy
+from .packed import packable
 from .quick_lora import split_products
 from .reward_model import CriticStart
 
 POLICY, VALUE = "policy", "value"
+Places = tuple[Tensor, ...] | None
 
 
 class Roles:
@@ -75,12 +78,14 @@ class Roles:
         activate(self.model, POLICY)
         self.split_head: SplitHead | None = None
         self.captured: CapturedStates | None = None
+        self.merged: MergedPolicy | None = None
 
-    def quicken(self) -> None:
+    def quicken(self, merged: bool = False) -> None:
         """For training by reinforcement, from now on: attention to short rows in fewer kernels.
 
         And on CUDA: float32 products in parts, and passes from graphs, which keep less. These fill `.grad` by
-        themselves: of what they make no gradient can be asked by torch.autograd.grad.
+        themselves: of what they make no gradient can be asked by torch.autograd.grad. `merged`: the policy's multiply
+        by the weights that the sampler reads; `moved` is to be called whenever the adapter is written to.
         """
         base = self.model.get_base_model()
         known = capturable(base)
@@ -90,12 +95,22 @@ class Roles:
         if not splits_pay(self.device) or self.captured is not None:
             return
         split_products(self.model)
-        if self.unembedding is not None and self.unembedding.dtype == torch.float32:
-            self.split_head = SplitHead(self.unembedding)
         if known:
             keep_less(base)
             if self.device.type == "cuda":
                 self.captured = CapturedStates(trunk(self.model), self.device)
+        whole = self.unembedding is not None and self.unembedding.dtype == torch.float32
+        if merged and known and whole and packable(self.twin):
+            stream = self.captured.stream if self.captured is not None else None
+            self.merged = MergedPolicy(self.model, self.twin, partial(self._write, POLICY), stream)
+            self.split_head = self.merged.packed.split_head
+        elif whole and self.unembedding is not None:
+            self.split_head = SplitHead(self.unembedding)
+
+    def moved(self) -> None:
+        """The policy's adapter was written to: passes that read it merged merge it again first."""
+        if self.merged is not None:
+            self.merged.fresh = False
 
     @property
     def device(self) -> torch.device:
@@ -127,19 +142,27 @@ class Roles:
         return own | {f"value_head.{n}": p for n, p in self.head.named_parameters()}
 
     def policy_tokens(
-        self, ids: Tensor, mask: Tensor, keep: int, temperature: float = 1.0
+        self, ids: Tensor, mask: Tensor, keep: int, temperature: float = 1.0, counted: Places = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of the last `keep` tokens, the policy's log-probabilities and entropies, 0 where the mask is False, and the
         critic's values; V_t is read before token t. Each (B, keep), without logits where the head is a plain product.
+
+        `counted`: rows and columns, of the last `keep` alone, where the mask is True, where they are known: the device
+        need not be asked.
         """
-        logprobs, entropies, states = self._read(ids, mask, mask[:, -keep:], temperature, POLICY)
+        logprobs, entropies, states = self._read(ids, mask, mask[:, -keep:], temperature, POLICY, counted)
         head = self.shared_head
         return logprobs, entropies, self.values(ids, mask, keep) if head is None else head(states)
 
     @torch.no_grad()
-    def reference_logprobs(self, ids: Tensor, mask: Tensor, keep: int, temperature: float = 1.0) -> Tensor:
-        """The reference's log-probabilities (B, keep) of the last `keep` tokens, 0 where the mask is False."""
-        return self._read(ids, mask, mask[:, -keep:], temperature, None)[0]
+    def reference_logprobs(
+        self, ids: Tensor, mask: Tensor, keep: int, temperature: float = 1.0, counted: Places = None
+    ) -> Tensor:
+        """The reference's log-probabilities (B, keep) of the last `keep` tokens, 0 where the mask is False.
+
+        `counted`: as in `policy_tokens`.
+        """
+        return self._read(ids, mask, mask[:, -keep:], temperature, None, counted)[0]
 
     def compared_logprobs(self, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities under policy and reference, both (B, T - 1), of each row's tokens but the first.
@@ -170,9 +193,12 @@ class Roles:
         with self._acting(None):
             return causal_logits(self.model, ids, mask, keep)
 
-    def _acting(self, role: str | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _acting(self, role: str | None) -> Iterator[None]:
         """The adapter `role` acts meanwhile, or none."""
-        return only(self.model, *([role] if role else []))
+        merged = self.merged.acting() if self.merged is not None and role == POLICY else nullcontext()
+        with only(self.model, *([role] if role else [])), merged:
+            yield
 
     def _states(self, ids: Tensor, mask: Tensor, keep: int, role: str | None) -> Tensor:
         """`causal_states` with the adapter `role`, or none."""
@@ -180,14 +206,16 @@ class Roles:
         if self.captured is None:
             with acting():
                 return causal_states(self.model, ids, mask, keep)
+        if self.merged is not None and role == POLICY:
+            self.merged.follow()
         return self.captured(ids, *padded(mask), role, acting, self._learned.get(role, ()))[:, -keep - 1 : -1]
 
     def _read(
-        self, ids: Tensor, mask: Tensor, counted: Tensor, temperature: float, role: str | None
+        self, ids: Tensor, mask: Tensor, counted: Tensor, temperature: float, role: str | None, where: Places = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, entropies and final states for the last tokens, with the adapter `role` or none.
 
-        counted (B, keep): which of the last `keep` tokens get the first two; the others have 0.
+        counted (B, keep): which of the last `keep` tokens get the first two; the others have 0. `where` they lie.
         """
         keep = counted.shape[1]
         tokens = ids[:, -keep:]
@@ -197,15 +225,23 @@ class Roles:
             found = token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
             logprobs, entropies = (part.masked_fill(~counted, 0.0) for part in found)
             return logprobs, entropies, states
+        where = where or counted.nonzero(as_tuple=True)  # before the pass: it asks the device
         states = self._states(ids, mask, keep, role)
-        found = state_logprobs(states[counted], self.unembedding, tokens[counted], temperature, self.split_head)
+        found = state_logprobs(states[where], self.unembedding, tokens[where], temperature, self.split_head)
         nothing = torch.zeros(counted.shape, device=ids.device)
-        logprobs, entropies = (nothing.masked_scatter(counted, part) for part in found)
+        logprobs, entropies = (nothing.index_put(where, part) for part in found)
         return logprobs, entropies, states
 
     @torch.no_grad()
     def refresh(self, role: str | None = POLICY) -> None:
         """Write W + (alpha / r) B A of a role (None: W itself) into the sampler's copy; the base is only read."""
+        if self.merged is not None and role == POLICY:
+            self.merged.renew()
+        else:
+            self._write(role)
+            self.moved()
+
+    def _write(self, role: str | None) -> None:
         weights = dict(self.twin.named_parameters())
         for name, layer in lora_layers(self.model).items():
             base = layer.base_layer.weight

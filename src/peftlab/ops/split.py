@@ -94,6 +94,12 @@ class SplitWeight:
         other = SplitWeight(weight, weight.new_zeros(len(weight)) if self.biased else None, self.rows)
         return other(x)
 
+    def window(self, start: int, stop: int, rows: SplitRows) -> SplitWeight:
+        """Outputs `start` to `stop` alone, in the same memory, of rows split by `rows`."""
+        made = object.__new__(SplitWeight)
+        made.rows, made.dtype, made.biased, made.columns = rows, self.dtype, self.biased, self.columns[start:stop]
+        return made
+
     @torch.no_grad()
     def renew(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take other values, in place."""

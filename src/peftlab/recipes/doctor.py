@@ -45,7 +45,7 @@ def run_doctor(stack_name: str = "tiny-gpt2", device: str = "auto") -> tuple[dic
     if stack.kind != "causal":
         raise UserError(f"{stack_name}: is a {stack.kind}; doctor checks causal language models and their adapters")
     roles = Roles(backbone, Lora(r=4, alpha=8))
-    roles.quicken()  # as training does
+    roles.quicken(merged=True)  # as training does
     tiny = stack_name == "tiny-gpt2" and roles.device.type == "cpu"
     limit = first_ratio_limit(roles.precision, tiny_on_cpu=tiny)
     checks = [*_rollout_checks(roles, limit), *_model_checks(roles), *_training_checks(roles)]
@@ -133,6 +133,7 @@ def _training_checks(roles: Roles) -> list[Check]:
     (-token_logprobs(logits, ids[:, 1:]).mean()).backward()
     missing = sum(p.grad is None for p in parameters)
     optimizer.step()
+    roles.moved()
     moved = sum(float(p.detach().abs().sum()) for n, p in roles.policy_parameters().items() if f"lora_B.{POLICY}" in n)
     changed = float(roles.frozen_hash() != before)
     return [

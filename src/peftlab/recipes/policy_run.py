@@ -101,7 +101,7 @@ class PolicyRun:
         note_model(run, "model", config.model, backbone.fingerprint)
         roles = Roles(backbone, config.lora, "none")
         if isinstance(config, PolicyConfig):  # ppo or rloo, whose figures came from these kernels
-            roles.quicken()
+            roles.quicken(merged=True)
         ground = replace(backbone, model=roles.model), stack_over(config.model, under, roles.tokenizer)
         return cls(run, config, roles, ground)
 
@@ -152,6 +152,7 @@ class PolicyRun:
             folder, tensors, get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
         )
         set_peft_model_state_dict(model, tensors, adapter_name=POLICY)
+        self.roles.moved()
 
     def _checkpoint(self, step: int) -> Mapping[str, Tensor]:
         """The policy's parameters by their names in `Roles`; a critic's are left out."""

@@ -114,7 +114,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
     """Reward, measure, prompts and checkpoint: all of it before training, so that what is not there costs seconds."""
     ground = replace(backbone, model=roles.model), stack_over(config.model, under, roles.tokenizer)
     reward = _reward(config, run, ground)
-    roles.quicken()
+    roles.quicken(merged=True)
     base_hash = roles.frozen_hash()
     run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
     tokenizer, longest = roles.tokenizer, longest_prompt(config, roles.model)

@@ -21,7 +21,7 @@ from ..ops.advantages import explained_variance, gae
 from ..ops.losses import ppo_policy_loss, value_loss
 from ..ops.masks import masked_mean, masked_whiten
 from .finite import require_finite
-from .rollout import PromptBatch, Rollout, crop, shaped_rewards
+from .rollout import Part, PromptBatch, Rollout, shaped_rewards
 from .trainer import Loss, PolicyTrainer, Stopwatch, UpdateSettings, policy_stats
 
 
@@ -88,14 +88,13 @@ class PPOTrainer(PolicyTrainer[PPOSettings]):
         )
         return self.apply(stats)
 
-    def _loss(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, critic_only: bool) -> Loss:
-        settings, temperature = self.settings, self.decoding.temperature
-        ids, seen, keep = crop(rollout, rows)
+    def _loss(self, rollout: Rollout, advantages: Tensor, returns: Tensor, part: Part, critic_only: bool) -> Loss:
+        settings = self.settings
         mask, old, old_values, advantages, returns = (
-            tensor[rows, :keep]
+            tensor[part.rows, : part.keep]
             for tensor in (rollout.completion_mask, rollout.logprobs, rollout.values, advantages, returns)
         )
-        logprobs, entropies, values = self.roles.policy_tokens(ids, seen, keep, temperature)
+        logprobs, entropies, values = self.policy_tokens(part)
         policy, clipped = ppo_policy_loss(logprobs, old, advantages, mask, settings.clip)
         value, value_clipped = value_loss(values, old_values, returns, mask, settings.value_clip)
         return settings.value_coef * value + (0.0 if critic_only else policy), {

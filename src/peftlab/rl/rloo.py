@@ -19,7 +19,7 @@ from torch import Tensor
 from ..ops.advantages import leave_one_out
 from ..ops.losses import rloo_policy_loss
 from .finite import require_finite
-from .rollout import PromptBatch, Rollout, crop, shaped_rewards
+from .rollout import Part, PromptBatch, Rollout, shaped_rewards
 from .trainer import Loss, PolicyTrainer, Stopwatch, UpdateSettings, policy_stats
 
 
@@ -57,12 +57,13 @@ class RLOOTrainer(PolicyTrainer[RLOOSettings]):
     def _minibatch(self, rollout: Rollout, advantages: Tensor, rows: Tensor) -> dict[str, float]:
         return self.apply(self.backward(rollout, rows, lambda part: self._loss(rollout, advantages, part)))
 
-    def _loss(self, rollout: Rollout, advantages: Tensor, rows: Tensor) -> Loss:
-        settings, temperature = self.settings, self.decoding.temperature
-        ids, seen, keep = crop(rollout, rows)
-        mask, old = rollout.completion_mask[rows, :keep], rollout.logprobs[rows, :keep]
-        logprobs, entropies, _ = self.roles.policy_tokens(ids, seen, keep, temperature)
+    def _loss(self, rollout: Rollout, advantages: Tensor, part: Part) -> Loss:
+        settings = self.settings
+        mask, old, advantages = (
+            tensor[part.rows, : part.keep] for tensor in (rollout.completion_mask, rollout.logprobs, advantages)
+        )
+        logprobs, entropies, _ = self.policy_tokens(part)
         length = self.decoding.max_new_tokens if settings.length_normaliser == "fixed" else None
-        loss, clipped = rloo_policy_loss(logprobs, old, advantages[rows, :keep], mask, settings.clip, length)
+        loss, clipped = rloo_policy_loss(logprobs, old, advantages, mask, settings.clip, length)
         figures = {"policy/loss": loss, "policy/clip_fraction": clipped}
         return loss, figures | policy_stats(old, logprobs, entropies, mask)

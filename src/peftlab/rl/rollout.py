@@ -101,9 +101,9 @@ def collect_rollout(
     `exact` asks for the exact KL as well, which costs a pass of the policy. `pass_tokens`: see `rows_per_pass`.
     """
     samples = sampler.sample(prompts.token_ids, seeds, decoding, roles.shared_head)
-    completions = sampler.texts(samples)
-    scores, parts = reward(prompts.texts, completions, prompts.records)
     ref_logprobs, values, kl = _score_tokens(roles, samples, decoding.temperature, exact, pass_tokens)
+    completions = sampler.texts(samples)  # a GPU is at its last pass meanwhile
+    scores, parts = reward(prompts.texts, completions, prompts.records)
     return Rollout(
         prompts=prompts,
         prompt_ids=samples.prompt_ids,
@@ -129,9 +129,9 @@ def _score_tokens(
     counted = samples.completion_mask
     logprobs, values, kl = torch.zeros(3, *counted.shape, device=counted.device).unbind()
     everyone = torch.arange(len(counted), device=counted.device)
-    for rows in passes(samples, everyone, pass_tokens, roles if exact else None):
-        ids, mask, keep = crop(samples, rows)
-        logprobs[rows, :keep] = roles.reference_logprobs(ids, mask, keep, temperature)
+    for part in passes(samples, everyone, pass_tokens, roles if exact else None):
+        rows, ids, mask, keep = part.rows, part.ids, part.mask, part.keep
+        logprobs[rows, :keep] = roles.reference_logprobs(ids, mask, keep, temperature, part.counted)
         if samples.readings is None:
             values[rows, :keep] = roles.values(ids, mask, keep)
         if exact:  # of the tempered distributions, as the estimates from sampled tokens are
@@ -151,20 +151,53 @@ def rows_per_pass(device: torch.device, length: int, pass_tokens: int = 0, logit
     return max(1, min((pass_tokens or PASS_TOKENS[device.type]) // length, LOGITS_PER_PASS // logits))
 
 
+@dataclass(frozen=True)
+class Part:
+    """N rows that go through the model together, less the columns that are padding in all of them.
+
+    rows     (N,)           which they are
+    ids, mask (N, P' + C')  prompts and completions
+    keep     C'
+    counted  (K,), (K,)     row and column of each completion token that counts
+    """
+
+    rows: Tensor
+    ids: Tensor
+    mask: Tensor
+    keep: int
+    counted: tuple[Tensor, Tensor]
+
+
 def passes(
     samples: Samples | Rollout, rows: Tensor, pass_tokens: int = 0, with_logits: Roles | None = None
-) -> Iterator[Tensor]:
+) -> Iterator[Part]:
     """`rows` (N,) in groups that go through the model together, of about one size.
 
-    Shortest first: rows of similar length waste least.
+    Shortest first: rows of similar length waste least. The device is asked once, for all lengths: a pass does not wait
+    for the one before it.
 
     `with_logits`: whose logits are to be there at once; all rows' would be gigabytes where the vocabulary is large.
     """
-    keep = samples.completion_ids.shape[1]
+    keep, ids, mask = samples.completion_ids.shape[1], samples.ids, samples.mask
     logits = 1 if with_logits is None else keep * with_logits.model.config.vocab_size
-    size = rows_per_pass(rows.device, samples.ids.shape[1], pass_tokens, logits)
-    order = samples.mask[rows].sum(1).argsort(stable=True)
-    yield from rows[order].tensor_split(max(1, -(-len(rows) // size)))
+    size = rows_per_pass(rows.device, ids.shape[1], pass_tokens, logits)
+    lengths = torch.stack([samples.prompt_mask[rows].sum(1), samples.completion_mask[rows].sum(1)])
+    order = lengths.sum(0).argsort(stable=True)
+    lengths = lengths[:, order]
+    known, parts = lengths.cpu(), max(1, -(-len(rows) // size))
+    for group, counts, told in zip(
+        rows[order].tensor_split(parts), lengths[1].tensor_split(parts), known.tensor_split(parts, 1), strict=True
+    ):
+        before, longest = told.amax(1).tolist()
+        columns = slice(mask.shape[1] - keep - before, mask.shape[1] - keep + longest)
+        counted = _places(counts, int(told[1].sum()))
+        yield Part(group, ids[group, columns], mask[group, columns], longest, counted)
+
+
+def _places(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Row and column of the first `counts` (N,) entries of each row, `total` in all."""
+    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=total)
+    return row, torch.arange(total, device=counts.device) - (counts.cumsum(0) - counts)[row]
 
 
 def of_rank(rollout: Rollout, rows: Tensor) -> Tensor:
@@ -173,15 +206,6 @@ def of_rank(rollout: Rollout, rows: Tensor) -> Tensor:
         return rows
     order = rollout.mask[rows].sum(1).argsort(stable=True)
     return rows[order[ranks.rank() :: ranks.size()]]
-
-
-def crop(samples: Samples | Rollout, rows: Tensor) -> tuple[Tensor, Tensor, int]:
-    """ids and mask (N, P' + C') of `rows` (N,), less the columns that are padding in all of them, and C'."""
-    prompts, completions = samples.prompt_mask[rows], samples.completion_mask[rows]
-    before, keep = torch.stack([prompts.sum(1).max(), completions.sum(1).max()]).tolist()
-    start = prompts.shape[1] - before
-    columns = slice(start, prompts.shape[1] + keep)
-    return samples.ids[rows, columns], samples.mask[rows, columns], keep
 
 
 def shaped_rewards(rollout: Rollout, kl_coef: float, eos_penalty: float = 0.0) -> Tensor:
@@ -252,11 +276,11 @@ def first_step(
     """
     largest = torch.zeros(2, device=rollout.logprobs.device)
     everyone = torch.arange(len(rollout.completions), device=largest.device)
-    for rows in passes(rollout, of_rank(rollout, everyone), pass_tokens, roles):
-        ids, mask, keep = crop(rollout, rows)
+    for part in passes(rollout, of_rank(rollout, everyone), pass_tokens, roles):
+        rows, ids, mask, keep = part.rows, part.ids, part.mask, part.keep
         counted = rollout.completion_mask[rows, :keep]
         apart = masked_sum(exact_kl(roles.policy(ids, mask, keep), roles.reference(ids, mask, keep)), counted)
-        again, _, _ = roles.policy_tokens(ids, mask, keep, temperature)
+        again, _, _ = roles.policy_tokens(ids, mask, keep, temperature, part.counted)
         errors = torch.expm1(again - rollout.logprobs[rows, :keep]).abs() * counted
         largest = torch.maximum(largest, torch.stack([apart.abs().max(), errors.max()]))
     # The largest of all processes. Not Python's max, which passes over a NaN that comes second.

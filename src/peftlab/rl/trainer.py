@@ -21,6 +21,7 @@ from .finite import require_finite, require_finite_weights
 from .gather import all_or_none, gathered, require_same_weights
 from .rollout import (
     FirstStep,
+    Part,
     PromptBatch,
     Rollout,
     ScoreFunction,
@@ -145,6 +146,7 @@ class PolicyTrainer(Generic[Settings]):
             with torch.no_grad():
                 for parameter, kept in zip(learned, before, strict=True):
                     parameter.copy_(kept)
+            self.roles.moved()
             raise LabError(f"{error}; the weights are those before the step") from None
         return stats
 
@@ -167,11 +169,11 @@ class PolicyTrainer(Generic[Settings]):
         return {name: total / count for name, total in totals.items()} | {"update/epochs": float(epochs)}
 
     def backward(
-        self, rollout: Rollout, rows: Tensor, loss_of: Callable[[Tensor], Loss], held: Iterable[nn.Parameter] = ()
+        self, rollout: Rollout, rows: Tensor, loss_of: Callable[[Part], Loss], held: Iterable[nn.Parameter] = ()
     ) -> dict[str, Tensor]:
         """Gradients of a minibatch's loss, clipped together; `held` parameters get none. Returns its figures.
 
-        In passes over rows of similar length. What `loss_of(rows)` gives are means, so that of each pass counts
+        In passes over rows of similar length. What `loss_of` gives are means, so that of each pass counts
         by its share of the minibatch. Of several processes each takes its rows, and the gradients add up.
         """
         self.optimizer.zero_grad(set_to_none=True)
@@ -179,8 +181,8 @@ class PolicyTrainer(Generic[Settings]):
         totals: dict[str, Tensor] = {}
         for part in passes(rollout, of_rank(rollout, rows), self.settings.pass_tokens):
             loss, figures = loss_of(part)
-            tokens = mask[part].sum() / mask[rows].sum()
-            share = len(part) / len(rows) if self.loss_per_completion else tokens
+            tokens = mask[part.rows].sum() / mask[rows].sum()
+            share = len(part.rows) / len(rows) if self.loss_per_completion else tokens
             (loss * share).backward()
             for name, figure in figures.items():
                 of_loss = name == "policy/loss"
@@ -192,6 +194,10 @@ class PolicyTrainer(Generic[Settings]):
         norm = torch.nn.utils.clip_grad_norm_(trainable, self.settings.max_grad_norm)
         return totals | {"policy/grad_norm": norm}
 
+    def policy_tokens(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """`Roles.policy_tokens` of a part of the rollout, at the temperature of sampling."""
+        return self.roles.policy_tokens(part.ids, part.mask, part.keep, self.decoding.temperature, part.counted)
+
     def apply(self, stats: dict[str, Tensor]) -> dict[str, float]:
         """Moves the weights and returns `stats` as numbers; LabError, and no move, where one is not finite."""
         numbers = dict(zip(stats, torch.stack([s.detach().float() for s in stats.values()]).tolist(), strict=True))
@@ -200,6 +206,7 @@ class PolicyTrainer(Generic[Settings]):
                 require_finite_weights(self.steps_done + 1, self.roles.state())  # an earlier minibatch's fault
                 raise LabError(f"step {self.steps_done + 1}: {name} is {number}")
         self.optimizer.step()
+        self.roles.moved()
         return numbers
 
     def finish(self, rollout: Rollout) -> dict[str, float]:

@@ -10,15 +10,15 @@ Shapes: N tokens, one a row; H heads, G heads of keys and values, D width of a h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.kernels import kernels_of
-from ..ops.split import ONES, SplitHead, SplitWeight, splits_pay
+from ..models.packed import PackedWeights, packable, packed_of
+from ..ops.split import ONES
 from .between import Between, Fused, Plain, Rotary
 from .engine import known_step
 
@@ -43,65 +43,62 @@ class FusedStep(Protocol):
     def logits(self, states: Tensor, out: Tensor) -> None:
         """states head^T (N, V) into `out` (N, V'), of which it may lower what lies behind V."""
 
+    def rows_of_states(self, *size: int) -> Tensor:
+        """A place (*size, k) for the first k numbers of rows (N, K), which tell the states that they are made of."""
+
+    def states(self, rows: Tensor) -> Tensor:
+        """Those states, (..., width) in float32, of (..., k)."""
+
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor: ...
 
 
 class Products:
-    """Products with a model's weights (E, D) and its head (V, D): as they lie, or in parts where that is sooner.
+    """Products with a model's packed weights and its head: as they lie, or in parts where that is sooner.
 
     `between` makes rows for the weights, `last` for the head.
     """
 
-    def __init__(
-        self, model: nn.Module, head: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-    ) -> None:
-        self.written = list(model.parameters())  # weights that are packed do not count what is written to their windows
-        self.head, self.weights, self.biases = head, weights, biases
-        self.split: list[SplitWeight] = []
-        self.split_head: SplitHead | None = None
-        self.seen = self._versions()
-        whole = all(size % 4 == 0 for weight in weights for size in weight.shape)
-        kernels = kernels_of(head.device, head.dtype) if whole else None
-        # Of bfloat16, so that the product which adds to a residual adds its bias as well.
-        biased = kernels is not None and biases[0] is not None
-        if biased or head.dtype == torch.float32 and splits_pay(head.device):
-            self.split = [SplitWeight(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-            self.split_head = SplitHead(head)
+    def __init__(self, packed: PackedWeights) -> None:
+        self.packed = packed
         self.between: Between = Plain()
         self.last: Between = self.between
-        if kernels is not None:
-            self.between = Fused(kernels, ONES if biased else 0)
-            self.last = Fused(kernels, ONES if self.split_head is not None and self.split_head.biased else 0)
-
-    def refresh(self) -> None:
-        """Follow weights that were written to."""
-        if self.split_head is not None and self.seen != self._versions():
-            for split, weight, bias in zip(self.split, self.weights, self.biases, strict=True):
-                split.renew(weight, bias)
-            self.split_head.follow(self.head)
-            self.seen = self._versions()
+        if packed.kernels is not None:
+            self.between = Fused(packed.kernels, ONES if packed.biased else 0)
+            self.last = Fused(packed.kernels, ONES if packed.split_head is not None and packed.split_head.biased else 0)
 
     def __call__(self, number: int, x: Tensor) -> Tensor:
         """x (N, D) by weight `number`, (N, E)."""
-        return self.split[number](x) if self.split else F.linear(x, self.weights[number], self.biases[number])
+        packed = self.packed
+        return packed.split[number](x) if packed.split else F.linear(x, packed.weights[number], packed.biases[number])
 
     def add(self, number: int, x: Tensor, to: Tensor) -> Tensor:
         """`to` (N, E) plus the product, in place."""
-        if self.split:
-            return self.split[number].add(x, to)
-        if self.biases[number] is None:
-            return to.addmm_(x, self.weights[number].t())
+        if self.packed.split:
+            return self.packed.split[number].add(x, to)
+        if self.packed.biases[number] is None:
+            return to.addmm_(x, self.packed.weights[number].t())
         return to.add_(self(number, x))
 
     def logits(self, states: Tensor, out: Tensor) -> None:
         """states head^T (N, V) into `out` (N, V'), of which it may lower what lies behind V."""
-        if self.split_head is None:
-            torch.mm(states, self.head.t(), out=out[:, : len(self.head)])
+        head, split = self.packed.head, self.packed.split_head
+        if split is None:
+            torch.mm(states, head.t(), out=out[:, : len(head)])
         else:
-            self.split_head(states, out[:, : len(self.split_head.weight)])
+            split(states, out[:, : len(split.weight)])
 
-    def _versions(self) -> list[int]:
-        return [parameter._version for parameter in self.written]
+    def rows_of_states(self, *size: int) -> Tensor:
+        """A place (*size, k) for the first k numbers of rows (N, K) for the head, which tell the states they are of."""
+        head = self.packed.head
+        if isinstance(self.last, Fused) and head.dtype == torch.float32:  # high and low parts
+            return head.new_empty(*size, 2 * head.shape[1], dtype=torch.bfloat16)
+        return head.new_empty(*size, head.shape[1])
+
+    def states(self, rows: Tensor) -> Tensor:
+        """Those states, (..., width) in float32, of (..., k)."""
+        width = self.packed.head.shape[1]
+        first = rows[..., :width].float()
+        return first + rows[..., width:] if rows.shape[-1] > width else first
 
 
 class FusedGpt2:
@@ -111,10 +108,10 @@ class FusedGpt2:
         self.body, self.head = model.transformer, model.lm_head.weight
         self.layers, self.heads = len(self.body.h), model.config.n_head
         self.groups, self.width = self.heads, model.config.n_embd // self.heads
-        own = [p for b in self.body.h for p in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
-        weights = [layer.weight.detach().t() for layer in own]
-        self.products = Products(model, self.head.detach(), weights, [layer.bias.detach() for layer in own])
-        self.refresh, self.logits, self.between = self.products.refresh, self.products.logits, self.products.between
+        self.products = Products(packed_of(model))
+        self.refresh, self.logits = self.products.packed.follow, self.products.logits
+        self.rows_of_states, self.states = self.products.rows_of_states, self.products.states
+        self.between = self.products.between
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         body, products, between = self.body, self.products, self.between
@@ -137,18 +134,10 @@ class FusedLlama:
         self.layers, self.groups = len(self.body.layers), config.num_key_value_heads
         self.width = self.body.layers[0].self_attn.head_dim
         self.heads = config.num_attention_heads
-        weights = [
-            weight
-            for own, mlp in ((block.self_attn, block.mlp) for block in self.body.layers)
-            for weight in (
-                pack([own.q_proj, own.k_proj, own.v_proj]),
-                own.o_proj.weight.detach(),
-                pack([mlp.gate_proj, mlp.up_proj]),
-                mlp.down_proj.weight.detach(),
-            )
-        ]
-        self.products = Products(model, self.head.detach(), weights, [None] * len(weights))
-        self.refresh, self.logits, self.between = self.products.refresh, self.products.logits, self.products.between
+        self.products = Products(packed_of(model))
+        self.refresh, self.logits = self.products.packed.follow, self.products.logits
+        self.rows_of_states, self.states = self.products.rows_of_states, self.products.states
+        self.between = self.products.between
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         body, products, between = self.body, self.products, self.between
@@ -166,26 +155,6 @@ class FusedLlama:
         return products.last.norm(x, body.norm)
 
 
-@torch.no_grad()
-def pack(layers: Sequence[nn.Linear]) -> Tensor:
-    """One tensor that holds the weights of these layers one below the other; they become windows of it.
-
-    Windows of one stay where they are, so that a second decoder of a model leaves the first one's weights in place.
-    """
-    weights = [layer.weight for layer in layers]
-    first, ends = weights[0], [weight.data_ptr() + weight.nbytes for weight in weights]
-    if all(w.data_ptr() == e and _storage(w) == _storage(first) for w, e in zip(weights[1:], ends, strict=False)):
-        return first.detach().as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
-    packed = torch.cat([weight.detach() for weight in weights])
-    for layer, window in zip(layers, packed.split([len(weight) for weight in weights]), strict=True):
-        layer.weight.data = window
-    return packed
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def fused_step(model: Any) -> FusedStep | None:
     """The step of a model, None for one that it would not be right for."""
     if known_step(model) is None or any(hasattr(module, "base_layer") for module in model.modules()):
@@ -193,5 +162,4 @@ def fused_step(model: Any) -> FusedStep | None:
     config = model.config
     if type(model).__name__ == "GPT2LMHeadModel":
         return FusedGpt2(model) if config.activation_function in ("gelu_new", "gelu_pytorch_tanh") else None
-    biased = config.attention_bias or config.mlp_bias
-    return FusedLlama(model) if config.hidden_act == "silu" and not biased else None
+    return FusedLlama(model) if config.hidden_act == "silu" and packable(model) else None

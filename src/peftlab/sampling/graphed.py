@@ -28,8 +28,9 @@ from .slab import Slab, row_bucket, slot_bucket
 
 # Kinds of steps that are remembered. Beyond them all are forgotten: a graph holds some megabytes of the device.
 KINDS = 64
-# (rows, slots) of the slab; slots that are seen (negative: of prompts to be read); temperature, top_k and top_p.
-Kind = tuple[tuple[int, ...], int, tuple[float, int, float]]
+# (rows, slots) of the slab; slots that are seen (negative: of prompts to be read); temperature, top_k and top_p;
+# whether states are kept.
+Kind = tuple[tuple[int, ...], int, tuple[float, int, float], bool]
 
 
 class GraphedDecoder:
@@ -43,6 +44,8 @@ class GraphedDecoder:
         self.stream: Any = torch.cuda.Stream(self.device) if self.capture else None
         self.graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}
         self.slabs: dict[tuple[int, int], Slab] = {}
+        self.kept: dict[tuple[int, int], Tensor] = {}  # by (rows, slots), the states of each step
+        self.last: Tensor | None = None
         self.cache = step.head.new_empty(0)
         self.logits = step.head.new_empty(0)
         self.turn = 0
@@ -55,11 +58,12 @@ class GraphedDecoder:
         eos_id: int | None,
         decoding: Decoding,
         look_every: int = 1,
+        keep: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (tokens, logprobs), each (B,), a step, until max_new_tokens or all rows are seen to have ended.
 
         ids, mask (B, P), left-padded; a seed a row. It looks every `look_every` steps, so up to that many less one come
-        after the last EOS. What is yielded stays as it is until the next decode begins.
+        after the last EOS. What is yielded stays as it is until the next decode begins. `keep`: for `states`.
         """
         self.turn += 1
         self.step.refresh()
@@ -69,19 +73,33 @@ class GraphedDecoder:
         slab.begin(ids, mask, prompt, row_uniforms(seeds, steps), -1 if eos_id is None else eos_id)
         size, choice = slab.unseen.shape, (decoding.temperature, decoding.top_k, decoding.top_p)
         layer = slab.cache[0]  # all are alike
+        kept = self.last = self._kept(slab) if keep else None
         for step in range(steps):
             if turn != self.turn:
                 raise RuntimeError("another decode began before this one had ended: they share one cache")
             if step == 0:
-                self._run((size, -prompt, choice), partial(self._read, slab, prompt, decoding))
+                self._run((size, -prompt, choice, keep), partial(self._read, slab, prompt, decoding, kept))
             else:
                 seen = self.step.between.seen(self.step.heads, layer, slot_bucket(prompt + step))
-                self._run((size, seen, choice), partial(self._advance, slab, seen, decoding))
+                self._run((size, seen, choice, keep), partial(self._advance, slab, seen, decoding, kept))
             yield slab.chosen[step, :rows], slab.logprobs[step, :rows]
             if eos_id is not None and (step + 1) % look_every == 0 and bool(slab.ended.all()):
                 return
 
-    def _read(self, slab: Slab, prompt: int, decoding: Decoding) -> None:
+    def states(self, steps: int, rows: int) -> Tensor:
+        """What the first tokens of each row were chosen from in the last decode, one that kept it: (steps, rows, width)
+        in float32."""
+        assert self.last is not None
+        return self.step.states(self.last[:steps, :rows])
+
+    def _kept(self, slab: Slab) -> Tensor:
+        """A place for the states of each step."""
+        rows, slots = slab.unseen.shape
+        if (rows, slots) not in self.kept:
+            self.kept[rows, slots] = self.step.rows_of_states(slots, rows)
+        return self.kept[rows, slots]
+
+    def _read(self, slab: Slab, prompt: int, decoding: Decoding, kept: Tensor | None) -> None:
         """Read the prompts and choose a first token."""
         rows, groups, width = len(slab.tokens), self.step.groups, self.step.width
         hidden = slab.unseen[:, None, None, :prompt]
@@ -99,19 +117,21 @@ class GraphedDecoder:
             return self.step.between.rows(mixed.transpose(1, 2).reshape(rows * prompt, -1))
 
         states = self.step(slab.ids[:, :prompt].flatten(), slab.places[:, :prompt].flatten(), attend)
-        self._choose(slab, states.view(rows, prompt, -1)[:, -1], decoding)
+        self._choose(slab, states.view(rows, prompt, -1)[:, -1], decoding, kept)
 
-    def _advance(self, slab: Slab, seen: int, decoding: Decoding) -> None:
+    def _advance(self, slab: Slab, seen: int, decoding: Decoding, kept: Tensor | None) -> None:
         """Read the last tokens, over the first `seen` slots, and choose the next."""
         slab.unseen.index_fill_(1, slab.slot, 0.0)
 
         def attend(layer: int, made: Tensor, rotary: Rotary) -> Tensor:
             return self.step.between.attend(made, rotary, slab.cache[layer], slab.unseen, slab.slot, seen)
 
-        self._choose(slab, self.step(slab.tokens, slab.positions, attend), decoding)
+        self._choose(slab, self.step(slab.tokens, slab.positions, attend), decoding, kept)
 
-    def _choose(self, slab: Slab, states: Tensor, decoding: Decoding) -> None:
-        """Choose tokens by the last states (R, width), and move on. Nothing in it asks the device for a value."""
+    def _choose(self, slab: Slab, states: Tensor, decoding: Decoding, kept: Tensor | None) -> None:
+        """Choose tokens by the last states (R, K), and move on. Nothing in it asks the device for a value."""
+        if kept is not None:
+            kept.index_copy_(0, slab.step, states[:, : kept.shape[2]].unsqueeze(0))
         self.step.logits(states, slab.logits)
         uniforms = slab.uniforms.index_select(0, slab.step)[0]
         tokens, logprobs = choose_in_blocks(slab.logits, uniforms, decoding)
@@ -126,7 +146,7 @@ class GraphedDecoder:
 
         What is captured leaves nothing but what it wrote into its slab, so all graphs share one pool of memory.
         """
-        (rows, _), seen, _ = kind
+        (rows, _), seen, *_ = kind
         if not self.capture or -seen * rows > CAPTURED_TOKENS:
             body()
             self.graphs.setdefault(kind, None)
@@ -167,6 +187,7 @@ class GraphedDecoder:
             torch.cuda.synchronize(self.device)  # the last decode may have been left while its graph ran
         self.graphs.clear()
         self.slabs.clear()
+        self.kept.clear()
         self.cache = self.logits = self.cache.new_empty(0)  # the old is free before the new is asked for
         self.cache = self.cache.new_empty(size)
         vocabulary = -(-len(self.step.head) // BLOCK) * BLOCK

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.packed import addresses
 from ..ops.masks import completion_mask
 from ..runs.progress import say
 from .choice import Decoding, choose, row_uniforms
@@ -28,7 +29,7 @@ __all__ = ["Decoding", "Sampler", "Samples"]
 LOOK_EVERY = 8
 # Rows that have ended leave the batch once so few of it are left: that copies its cache.
 RETIRE = 0.8
-# Final states (B, width) -> one number a row, (B,).
+# Final states (..., width) -> one number each, (...).
 Read = Callable[[Tensor], Tensor]
 
 
@@ -116,11 +117,16 @@ class Sampler:
         """Yield (token_ids, logprobs), each (B,), per step, until every row has ended or max_new_tokens is reached.
 
         A row that has ended goes on, or yields EOS. `look_every`: steps between looks at whether all rows have ended;
-        on a CPU each step has one: it is free. `readings` takes what `read` makes of each step's states.
+        on a CPU each step has one: it is free. `readings` takes what `read` makes of each step's states, by the end.
         """
         graphed = self._graphs()
         if graphed is not None:
-            yield from graphed.decode(prompt_ids, prompt_mask, seeds, self.eos_id, decoding, look_every)
+            keep, made = read is not None and readings is not None, 0
+            for chosen in graphed.decode(prompt_ids, prompt_mask, seeds, self.eos_id, decoding, look_every, keep):
+                made += 1
+                yield chosen
+            if read is not None and readings is not None:
+                readings += read(graphed.states(made, len(prompt_ids))).unbind()
             return
         count, end = len(prompt_ids), -1 if self.eos_id is None else self.eos_id
         uniforms = row_uniforms(seeds, decoding.max_new_tokens).to(self.device)
@@ -148,13 +154,13 @@ class Sampler:
         """The decoder of CUDA graphs, made at first use and again where weights moved; None without one."""
         if self.device.type != "cuda":
             return None
-        if self._graphed is None or self._weights != _addresses(self.model):
+        if self._graphed is None or self._weights != addresses(self.model):
             self._graphed = None  # its memory is free before the new one asks for it
             step = fused_step(self.model)
             if step is None:
                 _say_once(type(self.model).__name__)
                 return None
-            self._graphed, self._weights = GraphedDecoder(step), _addresses(self.model)
+            self._graphed, self._weights = GraphedDecoder(step), addresses(self.model)
         return self._graphed
 
     def text(self, token_ids: Sequence[int] | Tensor) -> str:
@@ -166,11 +172,6 @@ class Sampler:
         """The completion of each row as text."""
         rows = zip(samples.completion_ids.tolist(), samples.completion_mask.sum(1).tolist(), strict=True)
         return [self.text(ids[:length]) for ids, length in rows]
-
-
-def _addresses(model: Any) -> tuple[int, ...]:
-    """Where the weights of a model lie."""
-    return tuple(parameter.data_ptr() for parameter in model.parameters())
 
 
 @cache
