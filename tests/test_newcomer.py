@@ -141,6 +141,28 @@ def test_the_newest_run_of_the_same_config_is_resumed_before_any_other(tmp_path)
         run.finish({}, {})
 
 
+def test_a_resume_of_a_run_that_left_nothing_says_why_and_what_starts_it(shop, tmp_path, monkeypatch, capsys):
+    """It names no other run; as it is told the command starts this one, and with --run a resume does, and says so."""
+    monkeypatch.chdir(tmp_path)
+    runs, bad = Path("runs"), pairs(shop, "sft", "train_data=late.jsonl")
+    stop(monkeypatch, "sft", pairs(shop, "sft"), runs, "other")
+    with pytest.raises(UserError, match=r"late\.jsonl: no such file"):
+        launch("sft", None, bad, runs, "mine")
+    with pytest.raises(UserError) as refused:
+        launch("sft", None, bad, runs, resume=True)
+    told, command = str(refused.value).split(":\n  ")
+    why = "it failed before its first figure (late.jsonl: no such file)"
+    assert told.endswith(f": mine has nothing to go on from, {why}; drop --resume to start it anew")
+    assert "other" not in told and shlex.split(command) == ["peftlab", "sft", *bad, "--run", "mine"]
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"late\.jsonl"):
+        launch("sft", None, bad, runs, "mine", resume=True)
+    assert f"mine: has nothing to resume, {why}; this starts it anew\n" in capsys.readouterr().err
+    shutil.copy(shop["texts"], "late.jsonl")
+    again = peftlab(shlex.join([*shlex.split(command)[1:], "--quiet"]))
+    assert again.code == 0 and json.loads(Path("runs/mine/summary.json").read_text())["status"] == "done", again.err
+
+
 def test_a_resume_that_finds_another_config_tells_the_command_that_goes_on(shop, tmp_path, monkeypatch):
     """As it is told it goes on with that run, whose config the user need not type again."""
     given = pairs(shop, "sft")

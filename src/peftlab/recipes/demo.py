@@ -114,14 +114,15 @@ def run_demo(
     """
     stages = FULL if full else STAGES
     config = DemoConfig(stages=tuple(stage.name for stage in stages))
-    name = name or free_name(root, "demo-full" if full else "demo", resume, config)
+    words = ["demo", *(["--full"] if full else [])]
+    name = name or free_name(root, "demo-full" if full else "demo", resume, config, words)
     run = RunDir.create(root, name, "demo", to_toml(config), resume=resume)
     console = Console(stderr=as_json)
     try:
         with run.session():
             summary = run.summary if run.finished else _run_stages(run, stages, console, root, resume)
     except Interrupted as error:
-        raise stopped(error.signum, ["demo", *(["--full"] if full else []), "--run", name, "--resume"]) from None
+        raise stopped(error.signum, [*words, "--run", name, "--resume"]) from None
     assert summary is not None
     report = render(run.path)
     if as_json:
