@@ -86,7 +86,16 @@ def test_a_bare_resume_takes_the_run_that_was_stopped(shop, tmp_path, monkeypatc
     said = capsys.readouterr().err
     assert said.startswith("sft: resuming this run\n") and "sft: goes on after step 1\n" in said
     assert launch("sft", None, good, tmp_path, resume=True)["run"] == "sft"
-    assert capsys.readouterr().err == "sft: already done; nothing to resume\n"
+    (end,) = [row["time"] for row in read_rows(tmp_path / "sft/events.jsonl") if row["kind"] == "finish"][-1:]
+    since = f"{end[:10]} {end[11:16]}Z"
+    told = f"sft: already done, since {since}; nothing to resume, more steps take a new --run NAME\n"
+    assert capsys.readouterr().err == told
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("runs").symlink_to(tmp_path)
+    again = peftlab(shlex.join(["sft", *good, "--run", "sft", "--resume", "--quiet"]))
+    assert (again.code, again.out, again.err) == (0, "", told), "no figures, as though it had worked now"
+    found = json.loads(peftlab(shlex.join(["sft", *good, "--run", "sft", "--resume", "--quiet", "--json"])).out)
+    assert found == json.loads((tmp_path / "sft/summary.json").read_text()) | {"finished": since}
 
 
 def test_a_name_that_is_taken_is_told_with_the_one_in_its_place(tmp_path, monkeypatch, capsys):

@@ -30,7 +30,7 @@ def runs(context: typer.Context, as_json: Json = False) -> None:
 @runs_app.command("list", epilog=examples("peftlab runs list --json"))
 def runs_list(as_json: Json = False) -> None:
     """List the runs below runs/ and how they ended."""
-    from ..runs.rundir import list_runs
+    from ..runs.summary import list_runs
 
     rows = [
         {name: run[name] for name in ("run", "recipe", "status")}
@@ -47,11 +47,12 @@ def _told(row: dict[str, Any]) -> dict[str, str | int | None]:
 
     Of a reason of many lines the first, which says what is wrong, and the last, which says what to do about it.
     """
-    lines = (row["reason"] or "").splitlines()
-    seconds, started = row["seconds"], str(row["started"] or "")[:16].replace("T", " ")
+    from ..runs.summary import minute
+
+    lines, seconds = (row["reason"] or "").splitlines(), row["seconds"]
     return {
         "seconds": None if seconds is None else round(seconds),
-        "started": f"{started}Z" if started else None,
+        "started": minute(str(row["started"] or "")) or None,
         "reason": " ... ".join(lines if len(lines) < 3 else [lines[0], lines[-1]]) or None,
     }
 

@@ -15,7 +15,7 @@ from ..report import render
 from ..runs.launched import rank, world_size
 from ..runs.progress import Progress, say, watched
 from ..runs.rundir import RunDir, differences, ended_runs, list_runs, vacant
-from ..runs.summary import outcome
+from ..runs.summary import done_since, outcome
 from ..runs.typed import typed
 from ..training.arguments import TrainConfig
 from . import RECIPES, load
@@ -32,6 +32,7 @@ def launch(
 ) -> dict[str, Any]:
     """Resolve the config, open the run folder, train, render the report. Returns the summary.
 
+    Of a resume that met a run which was done before, it has `finished` too, since when.
     Raises Interrupted, with the command that continues the run, where a signal stopped it.
     """
     config, default = _resolve(verb, source, overrides)
@@ -46,8 +47,9 @@ def launch(
             say(told)
         if resume and rank() == 0 and (root / name / "config.toml").is_file() and vacant(root / name):
             say(f"{name}: has nothing to resume, {_ended_bare(outcome(root / name))}; this starts it anew")
+        since = done_since(root / name) if resume else None
         try:
-            return start(verb, config, root, name, resume)
+            return start(verb, config, root, name, resume) | ({"finished": since} if since else {})
         except Interrupted as error:
             raise stopped(error.signum, [*words, "--run", name, "--resume"]) from None
 
@@ -56,7 +58,7 @@ def start(verb: str, config: Config, root: Path, name: str, resume: bool = False
     """Run a recipe with a config that is already resolved."""
     with opened(root, name, verb, to_toml(config), resume) as run:
         if run.finished:
-            say(f"{name}: already done; nothing to resume")
+            say(already_done(run))
         elif run.resumed:
             say(f"{name}: resuming this run")
         try:
@@ -68,6 +70,12 @@ def start(verb: str, config: Config, root: Path, name: str, resume: bool = False
             raise
         _report(run)
         return summary
+
+
+def already_done(run: RunDir) -> str:
+    """What a resume says of a run that is done. A demo goes on from its stage to the next."""
+    remedy = "" if "/" in run.name else "; nothing to resume, more steps take a new --run NAME"
+    return f"{run.name}: already done, since {done_since(run.path)}{remedy}"
 
 
 def slow_here(verb: str, source: str | None, config: Config, overrides: list[str]) -> str:
