@@ -175,6 +175,14 @@ def test_data_check_names_each_bad_row_by_line_and_counts(place):
     assert told("data check good.jsonl --for classify") == "2 rows, 0 bad\n"
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("b.jsonl", "\ufeff\r\n \n"), ("c.csv", "text,label\n")])
+def test_data_check_of_a_file_without_rows_is_an_error(name, text, place):
+    Path(name).write_text(text, encoding="utf-8")
+    outcome = peftlab(f"data check {name} --for sft")
+    told = f"peftlab: {name}: holds no rows; a job takes one at least\n"
+    assert (outcome.code, outcome.out, outcome.err) == (2, "0 rows, 0 bad\n", told)
+
+
 def test_data_check_does_not_wrap_long_lines(place):
     Path("r.jsonl").write_text(json.dumps({"text": 1, **{f"a long field {i}": 1 for i in range(40)}}) + "\n")
     outcome = peftlab("data check r.jsonl --for prompts")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
 from ..runs.progress import folded_text
 from .shared import Device, Json, Overrides, examples, loading, print_rows, print_value
 
@@ -63,6 +64,8 @@ def data_check(
             bad += 1
             print(f"{file}:{line}: {found}")
     print(f"{rows} rows, {bad} bad")
+    if not rows:
+        raise UserError(f"{file}: holds no rows; a job takes one at least")
     if bad:
         raise typer.Exit(2)
 
