@@ -333,6 +333,24 @@ def test_predict_answers_each_row_in_order_under_its_id(place):
     assert [json.loads(line) for line in printed.splitlines()] == answers
 
 
+@pytest.mark.parametrize(
+    ("words", "option", "command"),
+    [
+        ("rows.jsonl", "--input", "ADAPTER --input rows.jsonl"),
+        ("imdb-sentiment rows.CSV --output o.jsonl", "--input", "imdb-sentiment --input rows.CSV"),
+        ("mine.csv imdb-sentiment", "--input", "imdb-sentiment --input mine.csv"),
+        ("imdb-sentiment 'my reviews'", "--input", "imdb-sentiment --input 'my reviews'"),
+        ("imdb-sentiment a 'lovely film'", "--text", "imdb-sentiment --text 'a lovely film'"),
+    ],
+)
+def test_predict_tells_where_a_file_and_a_text_go(words, option, command, place):
+    Path("my reviews").write_text("")
+    what = {"--input": "a file", "--text": "a text"}[option]
+    told = f"predict: takes one argument, the adapter; {what} goes behind {option}:\n  peftlab predict {command}\n"
+    outcome = peftlab(f"predict {words}")
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", f"peftlab: {told}")
+
+
 def test_predict_of_a_text_model_continues_each_row(place, shop):
     tiny.write_rows(place / "in.jsonl", [{"text": "the film"}, {"id": "x", "prompt": "a plot " * 90}])
     answers = [json.loads(line) for line in told("predict {gpt2} --input in.jsonl", **shop).splitlines()]
