@@ -82,7 +82,7 @@ def test_what_is_recorded_is_listed(here):
     [
         ("ppo --step 7", "--step 7: run ppo has no rollouts of it; recorded: 1, 10, 20, 40"),
         ("ppo --step 7 --list", "--step 7: nothing is recorded of it; recorded: 1, 10, 20, 40"),
-        ("ppo --prompt 4", "--prompt 4: not recorded at step 40 of run ppo; give 0 to 3, or an id: 0 is imdb/9000, 1 is "),
+        ("ppo --prompt 4", "--prompt 4: not recorded at step 40 of run ppo; give 0 to 3, or an id: 0 is imdb/9000, 1 "),
         ("ppo --prompt imdb/1", "--prompt imdb/1: not recorded at step 40"),
         ("ppo --by value", "--by value: give one of advantage, kl, reward"),
         ("ppa", "no run 'ppa' below runs; runs: ppo"),

@@ -81,6 +81,27 @@ def test_diff_shows_the_keys_that_differ_and_the_figures(here):
     assert "no run 'nowhere'" in peftlab("runs diff base nowhere").err
 
 
+def test_diff_of_different_recipes_shows_what_both_have_and_counts_the_rest(here):
+    run = RunDir.create(here, "other", "ppo", 'recipe = "ppo"\nlr = 0.2\nclip = 0.2\ngamma = 1.0\n\n[lora]\nr = 4\n')
+    with run.session():
+        run.finish({"eval/perplexity": 50.0, "eval/judge": 0.5}, {})
+    shown = peftlab("runs diff policy other").out.splitlines()
+    assert shown[3:] == [
+        "key     a    b",
+        "recipe  sft  ppo",
+        "lr      0.1  0.2",
+        "lora.r  6    4",
+        "",
+        "metric           a              b",
+        "eval/perplexity  66 (60 to 70)  50",
+        "",
+        "only in a: 2 keys (--json names them)",
+        "only in b: 2 keys, 1 figure (--json names them)",
+    ]
+    keys = {row["key"] for row in json.loads(peftlab("runs diff policy other --json").out)["config"]}
+    assert keys >= {"model", "reward", "clip", "gamma"}
+
+
 def test_diff_takes_no_figure_of_the_model_before_the_job_for_a_result(here):
     """A run that was stopped has logged it at step 0, and nothing later under that name."""
     run = RunDir.create(here, "short", "sft", 'recipe = "sft"\n')
