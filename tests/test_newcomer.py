@@ -272,6 +272,29 @@ cli.main()
 """
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("eval {gpt2} --data {texts_test}", "reads 20 rows of {texts_test} ...\n"),
+        ("eval {reward} --data {labelled_test}", "classifies 20 rows of {labelled_test} ...\n"),
+        ("eval {t5} --data {summaries_test}", "summarizes 6 rows of {summaries_test} ...\n"),
+        ("doctor {gpt2}", "checks {gpt2}: sampling, weights, a step of training ...\n"),
+    ],
+)
+def test_what_takes_seconds_says_on_a_terminal_what_it_does(line, told, shop, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "999")
+    assert peftlab(line, **shop).err == "", "nothing in a pipe"
+    with monkeypatch.context() as patch:
+        patch.setattr("commands.io.StringIO", Terminal)
+        shown = peftlab(line, **shop).err
+    assert shown == "loading ...\n" + told.format(**shop)
+
+
 def test_a_terminal_is_told_of_the_loading_before_it_begins():
     words = ["sft", "model=./nowhere", "--dry-run", "--json"]
     wide = os.environ | {"COLUMNS": "400"}  # so wide that a message is a line

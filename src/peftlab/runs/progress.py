@@ -95,6 +95,12 @@ def say(message: str) -> None:
     _write(f"{text}\n")
 
 
+def doing(what: str) -> None:
+    """Says on a terminal what the next seconds go to; nothing in a pipe."""
+    if sys.stderr.isatty() and not Progress.quiet:
+        say(f"{what} ...")
+
+
 def folded(line: str, file: TextIO, below: int = 0) -> str:
     """A line as it goes to `file`: on a terminal too narrow for it broken at words, the rest below column `below`.
 
