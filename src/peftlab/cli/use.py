@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from ..runs.progress import folded_text, say
+from ..runs.progress import counting, folded_text, say
 from ..runs.sanitize import sanitize
 from .shared import RUNS, Device, Json, examples, interval, loading, print_rows, print_value
 
@@ -143,7 +143,8 @@ def evaluate(
     from ..recipes.evaluate import PolicyOptions, run_eval
 
     options = PolicyOptions(samples, checkpoint, against, by, tie_margin, frontier, reference_samples, chart)
-    found = run_eval(RUNS, stacks, data, limit, device, mapped, options)
+    with counting():
+        found = run_eval(RUNS, stacks, data, limit, device, mapped, options)
     if as_json:
         print_value(found, True)
         return
