@@ -175,6 +175,14 @@ def test_data_check_names_each_bad_row_by_line_and_counts(place):
     assert told("data check good.jsonl --for classify") == "2 rows, 0 bad\n"
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("b.jsonl", "\ufeff\r\n \n"), ("c.csv", "text,label\n")])
+def test_data_check_of_a_file_without_rows_is_an_error(name, text, place):
+    Path(name).write_text(text, encoding="utf-8")
+    outcome = peftlab(f"data check {name} --for sft")
+    told = f"peftlab: {name}: holds no rows; a job takes one at least\n"
+    assert (outcome.code, outcome.out, outcome.err) == (2, "0 rows, 0 bad\n", told)
+
+
 def test_data_check_does_not_wrap_long_lines(place):
     Path("r.jsonl").write_text(json.dumps({"text": 1, **{f"a long field {i}": 1 for i in range(40)}}) + "\n")
     outcome = peftlab("data check r.jsonl --for prompts")
@@ -323,6 +331,24 @@ def test_predict_answers_each_row_in_order_under_its_id(place):
     assert alone["probabilities"] == pytest.approx(answers[1]["probabilities"], abs=1e-5)
     printed = told("predict imdb-sentiment --input in.jsonl --device cpu")
     assert [json.loads(line) for line in printed.splitlines()] == answers
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "command"),
+    [
+        ("rows.jsonl", "--input", "ADAPTER --input rows.jsonl"),
+        ("imdb-sentiment rows.CSV --output o.jsonl", "--input", "imdb-sentiment --input rows.CSV"),
+        ("mine.csv imdb-sentiment", "--input", "imdb-sentiment --input mine.csv"),
+        ("imdb-sentiment 'my reviews'", "--input", "imdb-sentiment --input 'my reviews'"),
+        ("imdb-sentiment a 'lovely film'", "--text", "imdb-sentiment --text 'a lovely film'"),
+    ],
+)
+def test_predict_tells_where_a_file_and_a_text_go(words, option, command, place):
+    Path("my reviews").write_text("")
+    what = {"--input": "a file", "--text": "a text"}[option]
+    told = f"predict: takes one argument, the adapter; {what} goes behind {option}:\n  peftlab predict {command}\n"
+    outcome = peftlab(f"predict {words}")
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", f"peftlab: {told}")
 
 
 def test_predict_of_a_text_model_continues_each_row(place, shop):

@@ -121,6 +121,8 @@ def test_a_stopped_full_demo_keeps_its_stages_and_goes_on(place, monkeypatch):
     after = read_summary(place / "mine")
     assert after["status"] == "done" and list(after["stages"]) == NAMES
     assert all(after["stages"][name] == before["stages"][name] for name in NAMES[:5]), "not run again"
+    again = peftlab("demo --full --run mine --resume")
+    assert (again.code, again.out) == (0, "") and again.err.startswith("mine: already done, since 20")
 
 
 def test_a_report_shows_a_question_once_and_a_long_one_folded(tmp_path):

@@ -308,6 +308,18 @@ def test_what_is_printed_loads_it_without_the_lab(shop, out):
     assert merged.split()[1] == adapted_.split()[1] == "320" and lab == "False"
 
 
+def test_what_is_printed_is_typed_in_the_working_folder(shop, tmp_path, monkeypatch):
+    """What lies below it is named from there, what lies elsewhere by its whole path; either loads."""
+    base, elsewhere = Path(shop["base"]), tmp_path / "exported"
+    monkeypatch.chdir(base.parent)
+    near = export(Path("runs"), shop["sft"], "adapter", base.parent / "near")["load"]
+    assert f"from_pretrained({base.name!r})" in near and near.count("'near'") == 2 and str(base.parent) not in near
+    subprocess.run([sys.executable, "-c", near], check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    far = export(Path("runs"), shop["sft"], "adapter", elsewhere)["load"]
+    assert f"from_pretrained({str(base)!r})" in far and far.count("'exported'") == 2
+
+
 @pytest.fixture
 def run(shop, tmp_path) -> Iterator[Path]:
     """A PPO run with a real adapter, below runs/."""

@@ -43,7 +43,8 @@ def test_the_terminal_shows_every_number_of_the_file(here):
         for line in (here / "runs/ppo/rollouts.jsonl").read_text().splitlines()
         if (found := json.loads(line))["step"] == 10 and found["prompt_id"] == "imdb/9002"
     ]
-    assert "ppo: step 10 (recorded: 1, 10, 20, 40), prompt imdb/9002" in done.out and "This movie is" in done.out
+    assert "ppo: step 10 (recorded: 1, 10, 20, 40), prompt 2 (0 to 3), id imdb/9002" in done.out
+    assert "This movie is" in done.out
     table = [line.split() for line in done.out.splitlines() if re.match(r" ?\d+ ", line)]
     assert len(table) == len(recorded["tokens"])
     columns = ("logprob", "ref_logprob", "kl", "value", "reward", "advantage")
@@ -81,7 +82,7 @@ def test_what_is_recorded_is_listed(here):
     [
         ("ppo --step 7", "--step 7: run ppo has no rollouts of it; recorded: 1, 10, 20, 40"),
         ("ppo --step 7 --list", "--step 7: nothing is recorded of it; recorded: 1, 10, 20, 40"),
-        ("ppo --prompt 4", "--prompt 4: not recorded at step 40 of run ppo; there: 0 (imdb/9000), 1 (imdb/9001)"),
+        ("ppo --prompt 4", "--prompt 4: not recorded at step 40 of run ppo; give 0 to 3, or an id: 0 is imdb/9000, 1 "),
         ("ppo --prompt imdb/1", "--prompt imdb/1: not recorded at step 40"),
         ("ppo --by value", "--by value: give one of advantage, kl, reward"),
         ("ppa", "no run 'ppa' below runs; runs: ppo"),
@@ -131,7 +132,9 @@ def test_a_prompt_that_came_again_names_its_other_steps(here):
     assert "step 5 (" in told, "the last step that has it"
     assert "The same prompt at other steps: --step 1 --prompt 0\n" in told
     assert "The same prompt at other steps: --step 5 --prompt 1\n" in peftlab("inspect again --step 1").out
-    assert "prompt 7" in peftlab("inspect again --step 5 --prompt 1").out
+    assert "step 5 (recorded: 1, 5, 9), prompt 1 (0 to 1), id 7\n" in peftlab("inspect again --step 5 --prompt 1").out
+    assert "step 1 (recorded: 1, 5, 9), prompt 0 (0), id 7\n" in peftlab("inspect again --step 1 --prompt 0").out
+    assert "run again; give 0, or an id: 0 is 7;" in peftlab("inspect again --step 1 --prompt 1").err
     assert "other steps" not in peftlab("inspect again").out
 
 

@@ -86,7 +86,16 @@ def test_a_bare_resume_takes_the_run_that_was_stopped(shop, tmp_path, monkeypatc
     said = capsys.readouterr().err
     assert said.startswith("sft: resuming this run\n") and "sft: goes on after step 1\n" in said
     assert launch("sft", None, good, tmp_path, resume=True)["run"] == "sft"
-    assert capsys.readouterr().err == "sft: already done; nothing to resume\n"
+    (end,) = [row["time"] for row in read_rows(tmp_path / "sft/events.jsonl") if row["kind"] == "finish"][-1:]
+    since = f"{end[:10]} {end[11:16]}Z"
+    told = f"sft: already done, since {since}; nothing to resume, more steps take a new --run NAME\n"
+    assert capsys.readouterr().err == told
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("runs").symlink_to(tmp_path)
+    again = peftlab(shlex.join(["sft", *good, "--run", "sft", "--resume", "--quiet"]))
+    assert (again.code, again.out, again.err) == (0, "", told), "no figures, as though it had worked now"
+    found = json.loads(peftlab(shlex.join(["sft", *good, "--run", "sft", "--resume", "--quiet", "--json"])).out)
+    assert found == json.loads((tmp_path / "sft/summary.json").read_text()) | {"finished": since}
 
 
 def test_a_name_that_is_taken_is_told_with_the_one_in_its_place(tmp_path, monkeypatch, capsys):
@@ -139,6 +148,28 @@ def test_the_newest_run_of_the_same_config_is_resumed_before_any_other(tmp_path)
         with pytest.raises(UserError, match="can be resumed: f is still running; drop"):
             free_name(tmp_path, "job", True, Job(size=3))
         run.finish({}, {})
+
+
+def test_a_resume_of_a_run_that_left_nothing_says_why_and_what_starts_it(shop, tmp_path, monkeypatch, capsys):
+    """It names no other run; as it is told the command starts this one, and with --run a resume does, and says so."""
+    monkeypatch.chdir(tmp_path)
+    runs, bad = Path("runs"), pairs(shop, "sft", "train_data=late.jsonl")
+    stop(monkeypatch, "sft", pairs(shop, "sft"), runs, "other")
+    with pytest.raises(UserError, match=r"late\.jsonl: no such file"):
+        launch("sft", None, bad, runs, "mine")
+    with pytest.raises(UserError) as refused:
+        launch("sft", None, bad, runs, resume=True)
+    told, command = str(refused.value).split(":\n  ")
+    why = "it failed before its first figure (late.jsonl: no such file)"
+    assert told.endswith(f": mine has nothing to go on from, {why}; drop --resume to start it anew")
+    assert "other" not in told and shlex.split(command) == ["peftlab", "sft", *bad, "--run", "mine"]
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"late\.jsonl"):
+        launch("sft", None, bad, runs, "mine", resume=True)
+    assert f"mine: has nothing to resume, {why}; this starts it anew\n" in capsys.readouterr().err
+    shutil.copy(shop["texts"], "late.jsonl")
+    again = peftlab(shlex.join([*shlex.split(command)[1:], "--quiet"]))
+    assert again.code == 0 and json.loads(Path("runs/mine/summary.json").read_text())["status"] == "done", again.err
 
 
 def test_a_resume_that_finds_another_config_tells_the_command_that_goes_on(shop, tmp_path, monkeypatch):
@@ -239,6 +270,30 @@ sys.argv = ["peftlab", *%r]
 from peftlab import cli
 cli.main()
 """
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("eval {gpt2} --data {texts_test}", "reads 20 rows of {texts_test} ...\n"),
+        ("eval {reward} --data {labelled_test}", "classifies 20 rows of {labelled_test} ...\n"),
+        ("eval {t5} --data {summaries_test}", "summarizes 6 rows of {summaries_test} ...\n"),
+        ("doctor {gpt2}", "checks {gpt2}: sampling, weights, a step of training ...\n"),
+    ],
+)
+def test_what_takes_seconds_says_on_a_terminal_what_it_does(line, told, shop, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "999")
+    assert peftlab(line, **shop).err == "", "nothing in a pipe"
+    with monkeypatch.context() as patch:
+        patch.setattr("commands.io.StringIO", Terminal)
+        shown = peftlab(line, **shop).err
+    counts = "" if line.startswith("doctor") else "\r     \r"  # of one batch, which is done
+    assert shown == "loading ...\n" + told.format(**shop) + counts
 
 
 def test_a_terminal_is_told_of_the_loading_before_it_begins():

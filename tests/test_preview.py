@@ -230,9 +230,29 @@ def test_the_command_prints_rows_and_table_and_json(shop):
     )
 
 
+def test_a_config_stands_for_its_data_and_says_the_kind(shop, tmp_path):
+    """As its recipe reads them, with its keys; overrides and --model come after it."""
+    mine, policy = tmp_path / "mine.toml", tmp_path / "policy.toml"
+    mine.write_text(f'recipe = "sft"\nmodel = "{shop["gpt2"]}"\ntrain_data = "{shop["pairs"]}"\nmax_length = 20\n')
+    policy.write_text(f'recipe = "rloo"\ntrain_data = "{shop["asked"]}"\nprompt_tokens = [3, 3]\n')
+    assert preview(str(mine), None, None, 2, []) == preview(shop["pairs"], "sft", shop["gpt2"], 2, ["max_length=20"])
+    assert len(pieces(preview(str(mine), "sft", None, 1, ["max_length=9"]))[0]["tokens"]) == 9
+    found = preview(str(policy), None, shop["gpt2"], 3, [])
+    assert found["job"] == "rloo" and [len(piece["tokens"]) for piece in pieces(found)] == [3, 3, 3]
+    done = peftlab("data preview {policy} --model {gpt2} --rows 1", **shop, policy=str(policy))
+    assert done.code == 0 and "the loss is on what it samples" in " ".join(done.out.split())
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ("{pairs}", ["give --for with one of sft, classify", "or a config in the place of"]),
+        ("sft-tny", ["give --for with one of sft, classify", "did you mean sft-tiny?"]),
+        ("reward-tiny", ["config reward-tiny", "the rows of reward", "`peftlab data preview DATA --for preferences`"]),
+        ("pretrain-tiny-t5", ["the rows of pretrain", "`peftlab data preview DATA --for sft`"]),
+        ("ppo-tiny --for sft", ["ppo-tiny: this config is for `peftlab ppo`, not for `peftlab sft`"]),
+        ("nowhere.toml", ["config nowhere.toml: no such file"]),
+        ("sft-tiny max_lenght=9", ["max_lenght", "did you mean max_length"]),
         ("{pairs} --for chat", ["--for chat", "sft, classify, summarize, preferences, prompts"]),
         ("{pairs} --for sft --rows -1", ["--rows -1"]),
         ("{pairs} --for sft max_lenght=9", ["max_lenght", "did you mean max_length"]),

@@ -20,7 +20,7 @@ from peftlab.runs import progress as progress_lines
 from peftlab.runs.atomic import append_rows
 from peftlab.runs.lock import locked
 from peftlab.runs.panel import Pace, Panel
-from peftlab.runs.progress import Progress, say, watched
+from peftlab.runs.progress import Progress, batch_starts, counting, say, watched
 from peftlab.runs.rundir import RunDir
 
 
@@ -79,6 +79,27 @@ def test_diff_shows_the_keys_that_differ_and_the_figures(here):
     same = json.loads(peftlab("runs diff base base --json").out)
     assert same["config"] == [] and same["metrics"][0]["a"] == same["metrics"][0]["b"]
     assert "no run 'nowhere'" in peftlab("runs diff base nowhere").err
+
+
+def test_diff_of_different_recipes_shows_what_both_have_and_counts_the_rest(here):
+    run = RunDir.create(here, "other", "ppo", 'recipe = "ppo"\nlr = 0.2\nclip = 0.2\ngamma = 1.0\n\n[lora]\nr = 4\n')
+    with run.session():
+        run.finish({"eval/perplexity": 50.0, "eval/judge": 0.5}, {})
+    shown = peftlab("runs diff policy other").out.splitlines()
+    assert shown[3:] == [
+        "key     a    b",
+        "recipe  sft  ppo",
+        "lr      0.1  0.2",
+        "lora.r  6    4",
+        "",
+        "metric           a              b",
+        "eval/perplexity  66 (60 to 70)  50",
+        "",
+        "only in a: 2 keys (--json names them)",
+        "only in b: 2 keys, 1 figure (--json names them)",
+    ]
+    keys = {row["key"] for row in json.loads(peftlab("runs diff policy other --json").out)["config"]}
+    assert keys >= {"model", "reward", "clip", "gamma"}
 
 
 def test_diff_takes_no_figure_of_the_model_before_the_job_for_a_result(here):
@@ -284,6 +305,21 @@ def test_a_job_tells_of_its_first_step_and_from_the_second_on_of_the_time_left(m
     assert pipe.getvalue().splitlines() == [
         "  step 1/90  loss 1", "  step 4/90  loss 1  about 0:05:44 left", "  step 90/90  loss 1"
     ]  # fmt: skip
+
+
+def test_rows_are_counted_on_a_terminal_until_the_last_one(terminal):
+    """The line gives way to what is said, and is gone in the end; nothing is counted unasked, or in a pipe."""
+    screen = terminal()
+    with counting():
+        for start in batch_starts(10, 4):
+            if start == 8:
+                say("here")
+    assert screen.getvalue() == "\r  40%\r  80%\nhere\n\r     \r" and not Progress.open
+    assert list(batch_starts(10, 4)) == [0, 4, 8]
+    sys.stderr = pipe = io.StringIO()
+    with counting():
+        assert list(batch_starts(10, 4)) == [0, 4, 8]
+    assert screen.getvalue().endswith("here\n\r     \r") and pipe.getvalue() == ""
 
 
 def test_a_line_of_progress_is_no_longer_than_the_terminal(terminal):

@@ -54,6 +54,16 @@ def command_for(run: str) -> str:
     return f"peftlab {tomllib.loads(path.read_text(encoding='utf-8'))['recipe']} {run}" if path else ""
 
 
+def is_config(source: str) -> bool:
+    """Whether this looks like a config: a TOML file, there or not, or a shipped name."""
+    return source.lower().endswith(".toml") or source in shipped_configs()
+
+
+def recipe_in(source: str) -> str:
+    """The recipe that a config says it is for; empty where it says none. UserError where it cannot be read."""
+    return str(_read(Config, None, source, ())[0].get("recipe", ""))
+
+
 def load_config(cls: type[C], source: str | None, overrides: Sequence[str] = ()) -> C:
     """Read `source` (a TOML file, or a shipped name; None = the defaults) and apply `key=value` overrides.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
 from ..runs.progress import folded_text
 from .shared import Device, Json, Overrides, examples, loading, print_rows, print_value
 
@@ -63,6 +64,8 @@ def data_check(
             bad += 1
             print(f"{file}:{line}: {found}")
     print(f"{rows} rows, {bad} bad")
+    if not rows:
+        raise UserError(f"{file}: holds no rows; a job takes one at least")
     if bad:
         raise typer.Exit(2)
 
@@ -72,13 +75,16 @@ def data_check(
     epilog=examples(
         "peftlab data preview rows.jsonl --for sft --model tiny-gpt2 max_length=128",
         "peftlab data preview imdb:train --for classify --rows 1",
+        "peftlab data preview sft-tiny",
     ),
 )
 def data_preview(
-    spec: Annotated[str, typer.Argument(help="data as in a config: a file, imdb:train, OWNER/NAME:SPLIT")],
-    kind: Annotated[str, typer.Option("--for", help="sft, classify, summarize, preferences or prompts")],
+    spec: Annotated[str, typer.Argument(help="a file, imdb:train, OWNER/NAME:SPLIT; or a config: its train_data")],
+    kind: Annotated[
+        str | None, typer.Option("--for", help="sft, classify, summarize, preferences or prompts; a config says it")
+    ] = None,
     overrides: Overrides = None,
-    model: Annotated[str | None, typer.Option(help="whose tokenizer; default: the job's own model")] = None,
+    model: Annotated[str | None, typer.Option(help="whose tokenizer; default: the config's or the job's own")] = None,
     rows: Annotated[int, typer.Option(help="rows to show in full")] = 3,
     as_json: Json = False,
 ) -> None:

@@ -30,7 +30,7 @@ def runs(context: typer.Context, as_json: Json = False) -> None:
 @runs_app.command("list", epilog=examples("peftlab runs list --json"))
 def runs_list(as_json: Json = False) -> None:
     """List the runs below runs/ and how they ended."""
-    from ..runs.rundir import list_runs
+    from ..runs.summary import list_runs
 
     rows = [
         {name: run[name] for name in ("run", "recipe", "status")}
@@ -47,11 +47,12 @@ def _told(row: dict[str, Any]) -> dict[str, str | int | None]:
 
     Of a reason of many lines the first, which says what is wrong, and the last, which says what to do about it.
     """
-    lines = (row["reason"] or "").splitlines()
-    seconds, started = row["seconds"], str(row["started"] or "")[:16].replace("T", " ")
+    from ..runs.summary import minute
+
+    lines, seconds = (row["reason"] or "").splitlines(), row["seconds"]
     return {
         "seconds": None if seconds is None else round(seconds),
-        "started": f"{started}Z" if started else None,
+        "started": minute(str(row["started"] or "")) or None,
         "reason": " ... ".join(lines if len(lines) < 3 else [lines[0], lines[-1]]) or None,
     }
 
@@ -62,7 +63,10 @@ def runs_diff(
     b: Annotated[str, typer.Argument(help="another")],
     as_json: Json = False,
 ) -> None:
-    """Show the config keys in which two runs differ, and their figures beside each other."""
+    """Show the config keys in which two runs differ, and their figures beside each other.
+
+    Of runs of different recipes what both have; what one has alone is counted, and --json names it.
+    """
     from ..runs.compare import diff_runs
     from ..runs.rundir import find_run
 
@@ -73,6 +77,7 @@ def runs_diff(
     for side, run in zip("ab", found["runs"], strict=True):
         unmeasured = "" if run["status"] == "done" else " (no result: that is measured at a run's end)"
         print(f"{side}: {run['run']}, {run['recipe']}, {run['status']}{unmeasured}")
+    alone = _only_shared(found) if found["runs"][0]["recipe"] != found["runs"][1]["recipe"] else []
     print()
     print_rows([row | {side: short(cell(row[side]), 36) for side in "ab"} for row in found["config"]], False)
     print()
@@ -83,6 +88,20 @@ def runs_diff(
         ],
         False,
     )
+    if alone:
+        print("", *alone, sep="\n")
+
+
+def _only_shared(found: dict[str, Any]) -> list[str]:
+    """Takes from the tables of `diff_runs` the rows that one run has alone; a line a run counts them."""
+    sizes = {}
+    for table, word in (("config", "key"), ("metrics", "figure")):
+        for side, other in ("ab", "ba"):
+            sizes[side, word] = sum(row[other] is None for row in found[table])
+        found[table] = [row for row in found[table] if None not in (row["a"], row["b"])]
+    counts = {side: [f"{n} {word}{'' if n == 1 else 's'}" for (one, word), n in sizes.items() if one == side and n]
+              for side in "ab"}
+    return [f"only in {side}: {', '.join(said)} (--json names them)" for side, said in counts.items() if said]
 
 
 @runs_app.command(

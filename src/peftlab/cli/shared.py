@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..runs.names import RUNS
-from ..runs.progress import folded, overflows
+from ..runs.progress import doing, folded, overflows
 from ..runs.sanitize import sanitize
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value pairs that override the config")]
@@ -25,8 +25,7 @@ def examples(*commands: str) -> str:
 
 def loading() -> None:
     """The libraries take seconds to import, and a model some more: on a terminal that is said at once."""
-    if sys.stderr.isatty():
-        print("loading ...", file=sys.stderr, flush=True)
+    doing("loading")
 
 
 def print_value(value: Any, as_json: bool) -> None:

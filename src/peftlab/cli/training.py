@@ -61,7 +61,7 @@ def _training_verb(verb: str, summary: str, *commands: str) -> None:
                 print_plan(plan, as_json)
         else:
             result = launch(verb, config, pairs, RUNS, run, resume)
-            if rank() == 0:
+            if rank() == 0 and (as_json or "finished" not in result):  # of a run done before, one line was said
                 print_summary(result, as_json)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from ..runs.progress import folded_text, say
+from ..runs.progress import counting, folded_text, say
 from ..runs.sanitize import sanitize
 from .shared import RUNS, Device, Json, examples, interval, loading, print_rows, print_value
 
@@ -55,9 +55,11 @@ def generate(
     epilog=examples(
         'peftlab predict imdb-sentiment --text "A lovely, lovely film."',
         "peftlab predict reward-tiny --input answers.jsonl --output scores.jsonl",
-    )
+    ),
+    context_settings={"allow_extra_args": True},  # a file or a text typed as an argument is told where it goes
 )
 def predict(
+    context: typer.Context,
     adapter: Annotated[str, typer.Argument(help="a run or adapter: a name or a folder")],
     text: Annotated[str | None, typer.Option(help="predict this one text")] = None,
     input: Annotated[
@@ -73,12 +75,27 @@ def predict(
     """Run an adapter on a text or on a file."""
     from ..data.check import column_pairs
 
+    _refuse_arguments(adapter, context.args)
     mapped = column_pairs(columns or [])  # before the libraries load
     loading()
     from ..models.catalog import named
     from ..recipes.predict import predict as run_predict
 
     run_predict(named(adapter), text, input, output, device, mapped)
+
+
+def _refuse_arguments(adapter: str, more: list[str]) -> None:
+    """UserError, with the command to type, where a file or a text stands among the arguments of `predict`."""
+    from ..config import DATA
+    from ..runs.typed import typed
+
+    files = [word for word in (adapter, *more) if word.lower().endswith(DATA) or word in more and Path(word).is_file()]
+    if not (files or more):
+        return
+    name, *rest = [word for word in (adapter, *more) if word not in files] or ["ADAPTER"]
+    what, option = ("a file", ["--input", files[0]]) if files else ("a text", ["--text", " ".join(rest)])
+    command = typed("predict", name, *option)
+    raise UserError(f"predict: takes one argument, the adapter; {what} goes behind {option[0]}:\n  {command}")
 
 
 @app.command(
@@ -126,7 +143,8 @@ def evaluate(
     from ..recipes.evaluate import PolicyOptions, run_eval
 
     options = PolicyOptions(samples, checkpoint, against, by, tie_margin, frontier, reference_samples, chart)
-    found = run_eval(RUNS, stacks, data, limit, device, mapped, options)
+    with counting():
+        found = run_eval(RUNS, stacks, data, limit, device, mapped, options)
     if as_json:
         print_value(found, True)
         return

@@ -10,6 +10,7 @@ import numpy as np
 from ..data.records import Prompt, PromptCompletion
 from ..errors import UserError
 from ..rewards.rubric import rubric_scores
+from ..runs.progress import batch_starts
 from ..sampling.sampler import Decoding, Sampler
 from .intervals import bootstrap_mean
 
@@ -64,7 +65,7 @@ def evaluate_explanations(
         raise UserError(f"row {long}: its prompt leaves no room for {decoding.max_new_tokens} new tokens of context")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     answers, stopped = [""] * len(rows), np.zeros(len(rows))
-    for start in range(0, len(order), batch_size):
+    for start in batch_starts(len(order), batch_size):
         batch = order[start : start + batch_size]
         samples = sampler.sample([rows[i] for i in batch], [seed + i for i in batch], decoding)
         ends = samples.ended.tolist()

@@ -11,6 +11,7 @@ from torch import nn
 from ..data.collate import collate_language
 from ..data.tokenize import IGNORED, Row
 from ..ops.logprobs import token_logprobs
+from ..runs.progress import batch_starts
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def row_nlls(model: nn.Module, rows: Sequence[Row], pad_id: int, batch_size: int
     was_training = model.training
     model.eval()
     sums, counts = [], []
-    for start in range(0, len(rows), batch_size):
+    for start in batch_starts(len(rows), batch_size):
         batch = {n: t.to(device) for n, t in collate_language(rows[start : start + batch_size], pad_id).items()}
         labels = batch.pop("labels")[:, 1:]
         counted = labels != IGNORED

@@ -13,6 +13,7 @@ from ..models.roles import POLICY, Roles
 from ..ops.kl import exact_kl
 from ..ops.logprobs import entropy, token_logprobs
 from ..ops.masks import masked_sum
+from ..runs.progress import batch_starts
 from ..sampling.sampler import Decoding, Sampler
 from .diversity import distinct_n
 from .intervals import bootstrap_mean
@@ -84,7 +85,7 @@ def evaluate_side(
     sampler = Sampler(roles.twin, roles.tokenizer)
     completions: list[str] = []
     columns: dict[str, list[np.ndarray]] = {"kl": [], "nll": [], "entropy": [], "lengths": [], "ended": []}
-    for start in range(0, len(prompts), batch_size):
+    for start in batch_starts(len(prompts), batch_size):
         rows = list(range(start, min(start + batch_size, len(prompts))))
         samples = sampler.sample([prompts[i] for i in rows], [seed + i for i in rows], decoding)
         completions += sampler.texts(samples)

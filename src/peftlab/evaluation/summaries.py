@@ -13,6 +13,7 @@ from ..data.records import SummaryPair
 from ..data.spans import PREFIX
 from ..data.tokenize import Row, encode, sentences
 from ..errors import UserError
+from ..runs.progress import batch_starts
 from .rouge import Rouge, rouge
 
 # The most that a format may ask for: it comes with an adapter or a model, from anyone. Beams take memory at once; the
@@ -92,7 +93,7 @@ def summarize(
     was_training = model.training
     model.eval()
     texts = [""] * len(rows)
-    for start in range(0, len(order), batch_size):
+    for start in batch_starts(len(order), batch_size):
         picked = order[start : start + batch_size]
         batch = collate_seq2seq([{"input_ids": rows[row], "labels": []} for row in picked], tokenizer.pad_token_id)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)

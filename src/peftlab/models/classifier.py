@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, with_article
+from ..runs.progress import batch_starts
 from .adapter_files import load_stack
 from .catalog import resolve
 
@@ -72,7 +73,7 @@ def classify_texts(
     was_training = model.training
     model.eval()
     parts = []
-    for start in range(0, len(order), batch_size):
+    for start in batch_starts(len(order), batch_size):
         batch = pad_right([rows[i] for i in order[start : start + batch_size]], tokenizer.pad_token_id)
         parts.append(model(**{name: t.to(device) for name, t in batch.items()}).logits.float().cpu())
     model.train(was_training)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..data.tokenize import encode
 from ..errors import UserError, with_article
 from ..runs.checkpoint import whole_folder
+from ..runs.progress import batch_starts
 from .adapter_files import check_tensors, load_adapter, load_under, read_weights, write_peft
 from .adapters import Lora, activate, adapter_parameters, attach, only
 from .backbone import Backbone, at_last, last_states, trunk
@@ -175,7 +176,7 @@ class RewardModel:
         self.net.eval()
         for member in range(found.shape[1]):
             self.net.use(member)
-            for start in range(0, len(order), batch_size):
+            for start in batch_starts(len(order), batch_size):
                 part = order[start : start + batch_size]
                 batch = pad_right([rows[i] for i in part], self.tokenizer.pad_token_id)
                 found[part, member] = self.net.score(**{n: t.to(device) for n, t in batch.items()}).float().cpu()

@@ -15,11 +15,12 @@ from ..config import Config, load_config, to_toml
 from ..errors import Interrupted
 from ..report import render
 from ..runs.atomic import read_rows
+from ..runs.progress import say
 from ..runs.rundir import RunDir
 from ..runs.sanitize import sanitize
 from ..runs.typed import typed
 from . import load
-from .launch import free_name, start, stopped
+from .launch import already_done, free_name, start, stopped
 
 PROMPTS = 400  # of the reward model's pairs
 OPENING = 200  # characters of a prompt that the terminal shows: a whole review would fill it
@@ -114,18 +115,22 @@ def run_demo(
     """
     stages = FULL if full else STAGES
     config = DemoConfig(stages=tuple(stage.name for stage in stages))
-    name = name or free_name(root, "demo-full" if full else "demo", resume, config)
+    words = ["demo", *(["--full"] if full else [])]
+    name = name or free_name(root, "demo-full" if full else "demo", resume, config, words)
     run = RunDir.create(root, name, "demo", to_toml(config), resume=resume)
     console = Console(stderr=as_json)
     try:
         with run.session():
-            summary = run.summary if run.finished else _run_stages(run, stages, console, root, resume)
+            done = run.finished
+            summary = run.summary if done else _run_stages(run, stages, console, root, resume)
     except Interrupted as error:
-        raise stopped(error.signum, ["demo", *(["--full"] if full else []), "--run", name, "--resume"]) from None
+        raise stopped(error.signum, [*words, "--run", name, "--resume"]) from None
     assert summary is not None
     report = render(run.path)
     if as_json:
         print(json.dumps(summary, indent=1))
+    elif done:
+        say(already_done(run))
     else:
         console.print(outcome(stages, summary["stages"]))
         for stage in stages:

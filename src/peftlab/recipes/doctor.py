@@ -17,6 +17,7 @@ from ..models.roles import POLICY, Roles
 from ..ops.logprobs import token_logprobs
 from ..rl.rollout import PromptBatch, collect_rollout, first_step
 from ..runs.metrics import first_ratio_limit
+from ..runs.progress import doing
 from ..sampling.sampler import Decoding, Sampler
 
 PROMPTS = ["This film", "I went to see it because", "A", "The best thing about this movie was the"]
@@ -46,6 +47,7 @@ def run_doctor(stack_name: str = "tiny-gpt2", device: str = "auto") -> tuple[dic
         raise UserError(f"{stack_name}: is a {stack.kind}; doctor checks causal language models and their adapters")
     roles = Roles(backbone, Lora(r=4, alpha=8))
     roles.quicken(merged=True)  # as training does
+    doing(f"checks {stack_name}: sampling, weights, a step of training")
     tiny = stack_name == "tiny-gpt2" and roles.device.type == "cpu"
     limit = first_ratio_limit(roles.precision, tiny_on_cpu=tiny)
     checks = [*_rollout_checks(roles, limit), *_model_checks(roles), *_training_checks(roles)]

@@ -27,6 +27,7 @@ from ..models.catalog import named
 from ..models.classifier import TextClassifier, own_labels
 from ..models.reward_model import RewardModel
 from ..models.stacks import kind_of
+from ..runs.progress import doing
 from ..sampling.sampler import Sampler
 from .common import fitting_rows, too_long
 from .frontier import draw_frontier
@@ -91,6 +92,7 @@ def _classifier(name: str, data: str, limit: int | None, device: str, columns: C
     labels = np.array([record.label for record in records.records])
     if labels.max() >= len(classifier.labels):
         raise UserError(f"data {data}: has label {labels.max()}, but {name} knows {len(classifier.labels)} classes")
+    doing(f"classifies {len(labels)} rows of {data}")
     probabilities = classifier.probabilities([record.text for record in records.records]).double().numpy()
     return {
         "rows": len(labels),
@@ -104,6 +106,7 @@ def _summarizer(name: str, data: str, limit: int | None, device: str, columns: C
     records = load_records(data, "summarize", limit, columns=columns)
     backbone, stack = load_stack(name, device=device)
     documents = [record.document for record in records.records]
+    doing(f"summarizes {len(documents)} rows of {data}")
     texts = summarize(backbone.model, backbone.tokenizer, documents, SummaryFormat.of(stack.extra))
     scored = score_summaries(texts, records.records)
     return {
@@ -117,7 +120,9 @@ def _summarizer(name: str, data: str, limit: int | None, device: str, columns: C
 def _reward_model(name: str, data: str, limit: int | None, device: str, columns: Columns) -> dict[str, Any]:
     """Which of two answers it prefers, against the data."""
     records = load_records(data, "preferences", limit, columns=columns)
-    pairs = ScoredPairs.of(RewardModel.load(name, device), records.records)
+    model = RewardModel.load(name, device)
+    doing(f"scores both answers of {len(records.records)} rows of {data}")
+    pairs = ScoredPairs.of(model, records.records)
     return {
         "rows": len(records.records),
         "sha256": records.sha256,
@@ -139,6 +144,7 @@ def _language_model(name: str, data: str, limit: int | None, device: str, column
     backbone, _ = load_stack(name, device=device)
     if asked:
         rows = _fitting(backbone, data, rows)
+    doing(f"{'answers' if asked else 'reads'} {len(rows)} rows of {data}")
     found = _rubric(backbone, rows) if asked else _perplexity(backbone, [row.text for row in rows])
     return {"rows": len(rows), "sha256": records.sha256, **found}
 

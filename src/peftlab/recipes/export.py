@@ -49,7 +49,7 @@ def export(root: Path, name: str, form: str, output: Path) -> dict[str, Any]:
         "adapters": len(stack.under) + 1 if is_adapter else None,
         "largest_difference": difference,
         "bytes": sum(file.stat().st_size for file in output.iterdir()),
-        "load": usage(made, str(output), str(resolve(stack.base).path)),
+        "load": usage(made, _near(output), _near(resolve(stack.base).path)),
         "next": made.command,
     }
 
@@ -111,6 +111,12 @@ def _write(source: str, form: str, folder: Path) -> tuple[Stack, bool, float]:
             raise
         stack, is_adapter = write_merged(source, folder), False
     return stack, is_adapter, check_equal(source, folder, stack)
+
+
+def _near(path: Path) -> str:
+    """The path as it is typed in the working folder where it lies below that."""
+    here, whole = Path.cwd(), path.absolute()
+    return str(whole.relative_to(here) if whole.is_relative_to(here) else path)
 
 
 def _gguf(form: str, output: Path) -> str | None:

@@ -43,7 +43,9 @@ def inspect(
         return
     others = [other for other in recorded.steps_of(prompt_id) if other != step]
     elsewhere = _some([f"--step {other} --prompt {list(recorded.prompts(other)).index(prompt_id)}" for other in others])
-    place = f"{run.name}: step {step} (recorded: {steps_in_words(recorded.steps)}), prompt {prompt_id}"
+    ids = list(recorded.prompts(step))
+    which = f"prompt {ids.index(prompt_id)} ({_numbers(ids)}), id {prompt_id}"
+    place = f"{run.name}: step {step} (recorded: {steps_in_words(recorded.steps)}), {which}"
     alarms = alarms_of(run, recorded.distinct_2)
     show_rollouts(place, answers, by, recorded.scales, elsewhere, alarms, Console())
 
@@ -72,9 +74,9 @@ def _chosen(run: str, recorded: Recorded, step: int | None, prompt: str | None) 
     ids = list(prompts)
     found = ids[int(asked)] if asked.isdecimal() and int(asked) < len(ids) else asked
     if found not in prompts:
-        known = _some([f"{number} ({prompt_id})" for number, prompt_id in enumerate(ids)])
+        known = _some([f"{number} is {prompt_id}" for number, prompt_id in enumerate(ids)])
         raise UserError(
-            f"--prompt {asked}: not recorded at step {step} of run {run}; there: {known}; "
+            f"--prompt {asked}: not recorded at step {step} of run {run}; give {_numbers(ids)}, or an id: {known}; "
             f"`peftlab inspect {run} --list` shows them all"
         )
     return step, found, prompts[found]
@@ -128,6 +130,11 @@ def _nothing(root: Path, path: Path, summary: Row) -> str:
 def steps_in_words(steps: list[int]) -> str:
     """1, 10, 20 ... 100: the first steps and the last one."""
     return _some([str(step) for step in steps])
+
+
+def _numbers(ids: list[str]) -> str:
+    """The numbers that the prompts of a step go by."""
+    return f"0 to {len(ids) - 1}" if len(ids) > 1 else "0"
 
 
 def _some(items: list[str]) -> str:

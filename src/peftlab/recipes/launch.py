@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..report import render
 from ..runs.launched import rank, world_size
 from ..runs.progress import Progress, say, watched
 from ..runs.rundir import RunDir, differences, ended_runs, list_runs, vacant
+from ..runs.summary import done_since, outcome
 from ..runs.typed import typed
 from ..training.arguments import TrainConfig
 from . import RECIPES, load
@@ -22,6 +24,7 @@ from .tasks.config import TaskConfig
 
 FOR_GPU = "made for a GPU"  # as the first line of a shipped config says
 SHORTER = {"max_steps": 100, "train_limit": 500, "steps": 10}  # the keys that shorten a job, and what one may try
+EARLY = {"failed": "failed", "stopped": "was stopped", "killed": "was killed"}  # how a run ends that is not done
 
 
 def launch(
@@ -29,29 +32,33 @@ def launch(
 ) -> dict[str, Any]:
     """Resolve the config, open the run folder, train, render the report. Returns the summary.
 
+    Of a resume that met a run which was done before, it has `finished` too, since when.
     Raises Interrupted, with the command that continues the run, where a signal stopped it.
     """
     config, default = _resolve(verb, source, overrides)
     require_shares(config)
     with joined(config.device):
         require_same_job(verb, to_toml(config), name, resume)
-        name = name or of_first(lambda: free_name(root, default, resume, config))
+        words = [verb, *([source] if source else []), *overrides]
+        name = name or of_first(lambda: free_name(root, default, resume, config, words))
         if not (source or overrides or resume):
             say(f"{verb} by its defaults, as run {name}: `peftlab {verb} --dry-run` shows them; Ctrl+C stops it")
         if not resume and (told := slow_here(verb, source, config, overrides)):
             say(told)
+        if resume and rank() == 0 and (root / name / "config.toml").is_file() and vacant(root / name):
+            say(f"{name}: has nothing to resume, {_ended_bare(outcome(root / name))}; this starts it anew")
+        since = done_since(root / name) if resume else None
         try:
-            return start(verb, config, root, name, resume)
+            return start(verb, config, root, name, resume) | ({"finished": since} if since else {})
         except Interrupted as error:
-            words = [verb, *([source] if source else []), *overrides, "--run", name, "--resume"]
-            raise stopped(error.signum, words) from None
+            raise stopped(error.signum, [*words, "--run", name, "--resume"]) from None
 
 
 def start(verb: str, config: Config, root: Path, name: str, resume: bool = False) -> dict[str, Any]:
     """Run a recipe with a config that is already resolved."""
     with opened(root, name, verb, to_toml(config), resume) as run:
         if run.finished:
-            say(f"{name}: already done; nothing to resume")
+            say(already_done(run))
         elif run.resumed:
             say(f"{name}: resuming this run")
         try:
@@ -63,6 +70,12 @@ def start(verb: str, config: Config, root: Path, name: str, resume: bool = False
             raise
         _report(run)
         return summary
+
+
+def already_done(run: RunDir) -> str:
+    """What a resume says of a run that is done. A demo goes on from its stage to the next."""
+    remedy = "" if "/" in run.name else "; nothing to resume, more steps take a new --run NAME"
+    return f"{run.name}: already done, since {done_since(run.path)}{remedy}"
 
 
 def slow_here(verb: str, source: str | None, config: Config, overrides: list[str]) -> str:
@@ -113,10 +126,13 @@ def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[Train
     return load_config(kind, source, overrides), Path(source).stem if source else verb
 
 
-def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
-    """`name`, or the first of name-2, name-3 ... that is vacant, which is said; for a resume the run of `config`."""
+def free_name(root: Path, name: str, resume: bool, config: Config, words: Sequence[str] = ()) -> str:
+    """`name`, or the first of name-2, name-3 ... that is vacant, which is said; for a resume the run of `config`.
+
+    `words` are what was typed behind `peftlab`, without options.
+    """
     if resume:
-        return _to_resume(root, config)
+        return _to_resume(root, config, words)
     names = [name, *(f"{name}-{n}" for n in range(2, 1000))]
     free = next(n for n in names if vacant(root / n))
     if free != name and not Progress.quiet:
@@ -127,10 +143,10 @@ def free_name(root: Path, name: str, resume: bool, config: Config) -> str:
     return free
 
 
-def _to_resume(root: Path, config: Config) -> str:
+def _to_resume(root: Path, config: Config, words: Sequence[str]) -> str:
     """The newest run of this very config, one that can go on before one that is done (a resume may be repeated).
 
-    UserError where there is none, with the newest of the recipe that can go on and how.
+    UserError where there is none: why the newest of this config cannot go on, else the newest of the recipe that can.
     """
     recipe, ours = type(config).model_fields["recipe"].default, to_toml(config)
     found = ended_runs(root, recipe)
@@ -139,6 +155,10 @@ def _to_resume(root: Path, config: Config) -> str:
     same = [folder for folder, text in texts.items() if text == ours]
     if same:
         return next((folder for folder in reversed(going) if folder in same), same[-1]).name
+    alike = [run for run in list_runs(root) if run["recipe"] == recipe and "/" not in run["run"]]
+    for run in reversed(alike):
+        if run["status"] in EARLY and (root / run["run"] / "config.toml").read_text(encoding="utf-8") == ours:
+            raise UserError(_nothing_left(root, run, words))
     if going:
         last = going[-1]
         source = [str(last / "config.toml")] if recipe in RECIPES else []  # of a demo there is none to give
@@ -147,6 +167,21 @@ def _to_resume(root: Path, config: Config) -> str:
             f"Run {last.name} can go on with its own, which differs in {', '.join(differences(texts[last], ours))}:\n"
             f"  {typed(recipe, *source, '--run', last.name, '--resume')}"
         )
-    busy = [run["run"] for run in list_runs(root) if (run["recipe"], run["status"]) == (recipe, "running")]
+    busy = [run["run"] for run in alike if run["status"] == "running"]
     why = f"{', '.join(busy)} is still running" if busy else "none was stopped after its first figure or checkpoint"
     raise UserError(f"no run of {recipe} in {root} can be resumed: {why}; drop --resume to start one")
+
+
+def _nothing_left(root: Path, run: Mapping[str, Any], words: Sequence[str]) -> str:
+    """Why a run that ended before its first figure cannot be resumed, and what starts it anew."""
+    command = typed(*words, *(["--run", run["run"]] if vacant(root / run["run"]) else []))
+    return (
+        f"no run of {run['recipe']} in {root} can be resumed: {run['run']} has nothing to go on from, "
+        f"{_ended_bare(run)}; drop --resume to start it anew:\n  {command}"
+    )
+
+
+def _ended_bare(run: Mapping[str, Any]) -> str:
+    """How a run ended that left nothing to go on from; of the reason the first line."""
+    told = str(run["reason"]).partition("\n")[0]
+    return f"it {EARLY[run['status']]} before its first figure" + (f" ({told})" if run["status"] == "failed" else "")

@@ -17,6 +17,7 @@ from ..evaluation.winrate import Scored, win_rate
 from ..models.adapter_files import load_stack
 from ..models.roles import POLICY, Roles
 from ..rl.rollout import PromptBatch
+from ..runs.progress import doing
 from ..sampling.sampler import Decoding, Sampler
 from .before_after import EVAL_SEED
 from .makers import sample_texts
@@ -77,6 +78,7 @@ def compare_policy(
 def sampled_side(opened: PolicyRun, role: str | None, prompts: PromptBatch, samples: int, measure: Measure) -> Side:
     """`samples` completions a prompt of a role, at temperature 1, measured."""
     asked, config = prompts.repeated(samples), opened.config
+    doing(f"samples and measures {len(asked.texts)} answers of {'the policy' if role else 'its reference'}")
     return evaluate_side(
         opened.roles,
         role,

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import load_config
+from ..config import is_config, load_config, recipe_in, shipped_configs
 from ..data.prompts import openings
 from ..data.records import Text
 from ..data.sources import load_records
 from ..data.tokenize import IGNORED
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..evaluation.summaries import MOST, SummaryFormat
 from ..models.backbone import NEEDS, Task, load_tokenizer
 from ..models.catalog import resolve
@@ -56,18 +56,23 @@ class Job:
     unlimited: dict[str, Any]
 
 
-def preview(spec: str, kind: str, model: str | None, rows: int, overrides: Sequence[str]) -> dict[str, Any]:
+def preview(spec: str, kind: str | None, model: str | None, rows: int, overrides: Sequence[str]) -> dict[str, Any]:
     """The first `rows` records of `spec` as the job `kind` reads them, and the lengths of a sample of all.
 
-    `model` None is the job's default; `overrides` are key=value pairs of its config. Raises UserError as the job would.
+    A config for `spec` stands for its train_data, and says what kind it is of. `model` None is the config's or the
+    job's default; `overrides` are key=value pairs of its config. Raises UserError as the job would.
     """
-    if kind not in JOBS:
-        raise UserError(f"--for {kind}: expected one of {', '.join(JOBS)}")
     if rows < 0:
         raise UserError(f"--rows {rows}: give 0 or more")
+    source = spec if is_config(spec) else None
+    recipe = recipe_in(spec) if source else ""
+    kind = kind or _kind(spec, source, recipe)
+    if kind not in JOBS:
+        raise UserError(f"--for {kind}: expected one of {', '.join(JOBS)}")
     job = JOBS[kind]
-    config: Any = load_config(load(job.verb).CONFIG, None, overrides)
-    config = config.with_(train_data=spec, **({"model": model} if model else {}))
+    verb = recipe if KINDS.get(recipe) == kind else job.verb
+    config: Any = load_config(load(verb).CONFIG, source, overrides)
+    config = config.with_(**({} if source else {"train_data": spec}), **({"model": model} if model else {}))
     tokenizer = _tokenizer(config.model, job.task)
     records, free = _records(config, kind), config.with_(**job.unlimited)
     sample = random.Random(config.seed).sample(records, SAMPLE) if len(records) > SAMPLE else records
@@ -76,7 +81,7 @@ def preview(spec: str, kind: str, model: str | None, rows: int, overrides: Seque
     first = records[:rows]
     shown = zip(first, job.make(first, tokenizer, config)[0], job.make(first, tokenizer, free)[0], strict=True)
     return {
-        "job": job.verb,
+        "job": verb,
         "model": config.model,
         "records": len(records),
         "rows": [_row(*triple, tokenizer, config) for triple in shown],
@@ -86,6 +91,19 @@ def preview(spec: str, kind: str, model: str | None, rows: int, overrides: Seque
         "labels": dict(Counter(name for record in sample if (name := _label(record, config)))),
         "lengths": _lengths(made, whole),
     }
+
+
+def _kind(spec: str, source: str | None, recipe: str) -> str:
+    """What kind of rows a config's recipe reads; UserError where there is no config, or none that says."""
+    if recipe in KINDS:
+        return KINDS[recipe]
+    if source and recipe:
+        raise UserError(
+            f"config {spec}: preview does not make the rows of {recipe}; give the data itself, as in "
+            f"`peftlab data preview DATA --for {'preferences' if recipe == 'reward' else 'sft'}`"
+        )
+    hint = did_you_mean(spec, shipped_configs()) or f"or a config in the place of {spec}"
+    raise UserError(f"preview: give --for with one of {', '.join(JOBS)}; {hint}")
 
 
 def _tokenizer(name: str, task: Task) -> Any:
@@ -173,6 +191,7 @@ JOBS = {
     "preferences": Job("dpo", "causal", _preferences, _one_each, {"max_length": UNLIMITED}),
     "prompts": Job("ppo", "causal", _prompts, _one_each, {"prompt_tokens": (0, 0)}),
 }
+KINDS = {job.verb: kind for kind, job in JOBS.items()} | {"rloo": "prompts"}  # a recipe -> the rows that it reads
 
 
 def _label(record: Any, config: Any) -> str:

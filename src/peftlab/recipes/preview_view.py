@@ -31,7 +31,7 @@ def _legend(found: dict[str, Any], colour: bool) -> Text:
     if any(row["tokens"] == "learned" for row in found["lengths"]):
         line.append("these" if colour else f"those in {OPEN} {CLOSE}", LEARNED).append(" count for the loss")
     else:
-        learns = "what it samples" if found["job"] == "ppo" else "the label"
+        learns = "what it samples" if found["job"] in ("ppo", "rloo") else "the label"
         line.append(f"all are read, none is learned: the loss is on {learns}")
     return line
 

@@ -31,13 +31,14 @@ class Progress:
     """Shows on standard error how far a job of `total` steps is; nothing where `quiet`.
 
     `open`: what stands on the terminal is to be redrawn, a line without its end or the panel `drawn`, with the cursor
-    below it. `run`: name and folder of the run under way, which has a panel.
+    below it. `run`: name and folder of the run under way, which has a panel. `counting`: whether batches are counted.
     """
 
     open: ClassVar[bool] = False
     quiet: ClassVar[bool] = False
     drawn: ClassVar[str] = ""
     run: ClassVar[tuple[str, Path] | None] = None
+    counting: ClassVar[bool] = False
 
     def __init__(self, total: int) -> None:
         self.total, self.pace = total, Pace(total)
@@ -78,6 +79,26 @@ def watched(name: str, folder: Path) -> Iterator[None]:
         Progress.run = None
 
 
+@contextlib.contextmanager
+def counting() -> Iterator[None]:
+    """While the block runs, loops over `batch_starts` say on a terminal how far they are; nothing in a pipe."""
+    Progress.counting = sys.stderr.isatty() and not Progress.quiet
+    try:
+        yield
+    finally:
+        Progress.counting = False
+
+
+def batch_starts(total: int, size: int) -> Iterator[int]:
+    """Where each batch of `total` rows starts. A line tells the share that is done, and goes with the last batch."""
+    for start in range(0, total, size):
+        yield start
+        if not Progress.counting:
+            continue
+        Progress.open = start + size < total
+        _write(f"\r  {(start + size) / total:.0%}" if Progress.open else f"\r{'':5}\r")
+
+
 def say(message: str) -> None:
     """A line on standard error of its own, safe for a terminal: above a panel, below a line of progress.
 
@@ -93,6 +114,12 @@ def say(message: str) -> None:
         _write("\n")
         Progress.open = False
     _write(f"{text}\n")
+
+
+def doing(what: str) -> None:
+    """Says on a terminal what the next seconds go to; nothing in a pipe."""
+    if sys.stderr.isatty() and not Progress.quiet:
+        say(f"{what} ...")
 
 
 def folded(line: str, file: TextIO, below: int = 0) -> str:

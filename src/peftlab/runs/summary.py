@@ -75,6 +75,19 @@ def outcome(path: Path) -> dict[str, Any]:
     return {**blank, "time": {"wall_s": max(seconds, default=None), "step_s": None}}
 
 
+def done_since(path: Path) -> str | None:
+    """When the run in `path` ended, by its own log; None where it is not done."""
+    if outcome(path)["status"] != "done":
+        return None
+    ends = [str(event.get("time")) for event in read_rows(path / "events.jsonl") if event.get("kind") == "finish"]
+    return minute(ends[-1]) if ends else "?"
+
+
+def minute(time: str) -> str:
+    """A time of the logs, ISO 8601 in UTC, as a person reads it; nothing where there is none."""
+    return f"{time[:16].replace('T', ' ')}Z" if time else ""
+
+
 def list_runs(root: Path) -> list[dict[str, Any]]:
     """`outcome` of every run below `root`, oldest first, each demo followed by its stages."""
     groups = []
