@@ -29,8 +29,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # uv compiles nothing, and some images tell Python to keep nothing compiled: each start would then take three times as long.
 export PYTHONDONTWRITEBYTECODE :=
 
-UV_INSTALL := $(BIN)/uv pip install --python $(BIN)/python
-PIP_INSTALL := $(BIN)/python -m pip install
+# Errors alone are printed.
+UV_INSTALL := $(BIN)/uv pip install -q --python $(BIN)/python
+PIP_INSTALL := $(BIN)/python -m pip install -qq
 
 .PHONY: help setup demo demo-full test lint types docs bench lock clean
 .DEFAULT_GOAL := help
@@ -83,10 +84,12 @@ $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml Makefile
 	  "$$python" -m venv --clear .venv; \
 	fi
 	@set -eu; trap 'exit 130' INT TERM; \
+	echo "make setup: installs requirements.lock; what is not in a cache is downloaded: about 300 MB," \
+	  "and torch, 190 MB for a CPU or 530 MB for CUDA"; \
 	if [ -z "$$UV_FIND_LINKS" ]; then \
 	  UV_FIND_LINKS=$$($(BIN)/python -m pip config get global.find-links 2>/dev/null | xargs | tr ' ' ',') || true; \
 	fi; \
-	if [ "$(INSTALLER)" = uv ] && $(PIP_INSTALL) -qq uv==$(UV_VERSION); then \
+	if [ "$(INSTALLER)" = uv ] && $(PIP_INSTALL) uv==$(UV_VERSION); then \
 	  if [ -n "$(TORCH_BACKEND)" ]; then UV_TORCH_BACKEND=$(TORCH_BACKEND) $(UV_INSTALL) $(TORCH); fi; \
 	  install="$(UV_INSTALL)"; \
 	elif [ -n "$(TORCH_BACKEND)" ]; then \
@@ -94,13 +97,16 @@ $(STAMP): requirements.lock requirements-cuda.lock pyproject.toml Makefile
 	else \
 	  echo "make setup: without uv; pip takes a few minutes"; \
 	  awk '/^[a-z]/ { on = /^torch==/; sub(/^torch==[^ ]*/, "&+cpu") } on' requirements.lock >.venv/torch-cpu.txt; \
-	  $(PIP_INSTALL) -qq --no-deps -r .venv/torch-cpu.txt || \
+	  $(PIP_INSTALL) --no-deps -r .venv/torch-cpu.txt || \
 	    echo "make setup: no CPU wheel of torch in pip's find-links; taking the registry's build"; \
-	  install="$(PIP_INSTALL) -q"; \
+	  install="$(PIP_INSTALL)"; \
 	fi; \
 	$$install --no-deps -r requirements.lock; \
-	if [ -z "$(TORCH_BACKEND)" ] && $(BIN)/python -c "$$WANTS_CUDA"; then $$install --no-deps -r requirements-cuda.lock; fi; \
-	$$install -q --no-deps --no-build-isolation -e .
+	if [ -z "$(TORCH_BACKEND)" ] && $(BIN)/python -c "$$WANTS_CUDA"; then \
+	  echo "make setup: this torch is for CUDA; installs requirements-cuda.lock, several GB"; \
+	  $$install --no-deps -r requirements-cuda.lock; \
+	fi; \
+	$$install --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import datasets, peft; from transformers import Trainer'
 	@touch $@
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -45,6 +47,20 @@ def test_rows_of_several_processes(benchmark):
     assert (strong["what"], strong["ranks"], strong["scaling"], weak["scaling"]) == ("ppo_ranks", 2, "strong", "weak")
     assert (strong["batch"], weak["batch"], strong["tokens"], weak["tokens"]) == (4, 8, 8, 16)
     assert strong["efficiency"] == 1.0 and 0 < strong["ours_rollout_s"] < strong["ours_s"]
+
+
+def test_the_picture_of_over_optimization_is_that_of_the_logs_rows(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    drawn = importlib.import_module("overoptimization").picture()
+    assert drawn == (BENCHMARKS.parent / "docs/pictures/overoptimization.svg").read_text(), "run the program again"
+    log = (BENCHMARKS.parent / "LOG.md").read_text().partition("| pairs | accuracy; ECE, clean pairs |")[2]
+    rows = list(csv.DictReader((BENCHMARKS / "overoptimization.csv").read_text().splitlines()))
+    for at, row in enumerate(rows):
+        name = f"{int(row['pairs']):,}" + ", turned" * (row["labels"] == "turned") + ", five" * (row["members"] == "5")
+        (line,) = (line for line in log.splitlines() if line.startswith(f"| {name} |"))
+        told = [float(number) for number in line.split("|")[3 + at % 5].split()]
+        assert told == [float(row[key]) for key in ("kl", "judge", "proxy_gain", "distinct_2")], row
+    assert len(rows) == 60 and ElementTree.fromstring(drawn).tag.endswith("svg")
 
 
 def test_a_batch_that_cannot_be_compared_is_refused(benchmark):

@@ -90,6 +90,11 @@ def test_a_full_demo_runs_every_stage_and_tells_of_each(place):
     assert len(samples) == sum(stage.shown for stage in demo.FULL)
     assert all(re.search(r"^ after ", sample, re.M) for sample in samples)
 
+    named = re.findall(r"[\w./-]+\.jsonl", re.search(r"^Texts: (.*)$", outcome.out, re.M)[1])
+    samples, pairs = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in named)
+    assert {row["side"] for row in samples} == {"before", "after"} and all("completion" in row for row in samples)
+    assert all({"prompt", "chosen", "rejected"} <= row.keys() for row in pairs)
+
     page = (folder / "report.html").read_text()
     for name in NAMES:
         assert f'href="#demo-full-{name}">{name}</a>' in page and f"<h2>{name}</h2>" in page

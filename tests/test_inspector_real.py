@@ -106,7 +106,8 @@ def test_the_page_stacks_what_each_part_brings(home):
 def test_the_page_answers_every_alarm_in_a_sentence(home):
     _, page = read(render(home / "runs/ppo"))
     told = page.text[page.text.index("Signs that a policy games its reward") :]
-    for title in ("Judge", "Reward parts", "Length", "Entropy", "Repetition", "KL"):
+    figures = ("Independent judge", "Length", "Entropy", "Distinct word pairs", "KL to the reference")
+    for title in (*figures, "Reward parts"):
         assert re.search(rf"[!✓·] {title}( alarm| no alarm)?\s+[A-Z\d][^\n]*\.\n", told), title
     assert "were not both measured before and after" in told, "task custom has no judge"
 

@@ -2,143 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import rank_group
 import torch
-import torch.distributed as dist
 from commands import peftlab
+from rank_group import DROPPED, GATE, MORE, POLICY, SECONDS, free_port, launched, pairs, started, two
 from safetensors.torch import load_file
 
-from peftlab.data.sources import RecordSet
-from peftlab.errors import Interrupted, LabError, UserError
-from peftlab.models.adapters import Lora
-from peftlab.models.backbone import Backbone, fingerprint
-from peftlab.models.roles import Roles
-from peftlab.ops import ranks
 from peftlab.recipes import RECIPES
-from peftlab.recipes.common import note_data, note_model
 from peftlab.recipes.launch import launch
-from peftlab.recipes.several import joined, require_same_job
-from peftlab.rl.control import FixedKL
-from peftlab.rl.gather import gathered, require_same_weights
-from peftlab.rl.ppo import PPOSettings, PPOTrainer
-from peftlab.rl.rollout import PromptBatch
 from peftlab.runs.atomic import read_rows
-from peftlab.runs.launched import PeersLost
-from peftlab.runs.rundir import RunDir
-from peftlab.runs.signals import StopSignals
-from peftlab.sampling.sampler import Decoding, Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# An epoch has a short last batch, of fewer rows than there are processes where it has one row. Prompts are whole, so
-# that the two processes pad to different widths. No dropout: each process would draw masks of its own.
-SUPERVISED = ["batch_size=8", "max_steps=9", "lr=1e-3"]
-POLICY = ["task=custom", "reward=rank_gate:count", "steps=4", "kl_target=1.0", "save_every=2"]
-MORE = {
-    "pretrain": [*SUPERVISED, "dropout=0"],
-    "sft": [*SUPERVISED, "max_length=16", "train_limit=30", "batch_size=4"],
-    "classify": [*SUPERVISED, "model={plain_encoder}"],
-    "summarize": [*SUPERVISED, "accumulate=2"],
-    "reward": [*SUPERVISED, "batch_size=6"],
-    "dpo": [*SUPERVISED, "task=custom", "train_limit=17"],
-    "ppo": [*POLICY, "critic=adapter", "prompts_per_step=10"],
-    "rloo": [*POLICY, "prompts_per_step=4", "minibatch_size=6", "epochs=2"],
-}
-DROPPED = [*MORE["sft"], "lora.dropout=0.1"]  # the generators of both processes are in the checkpoint
 TOLERANCE = 1e-4  # of weights up to 1 after 9 updates at lr 1e-3; 8e-6 at most was measured
-SECONDS = 100
-
-# Told to, it holds the run in the middle of a step until the file `go` is there, or fails in the second process.
-GATE = '''
-import os, time
-
-calls = 0
-
-def count(prompts, completions, records):
-    global calls
-    calls += 1
-    if calls > 3 and os.environ.get("GATE"):
-        open("waiting" + os.environ["RANK"], "w").close()
-        end = time.monotonic() + 100
-        while not os.path.exists("go") and time.monotonic() < end:
-            time.sleep(0.01)
-    return [float(c.count("e")) for c in completions]
-
-def early(prompts, completions, records):
-    if len(completions) == 1 and os.environ["RANK"] == "1":
-        raise ValueError("no label")
-    return [0.0] * len(completions)
-
-def broken(prompts, completions, records):
-    if len(completions) == 4 and os.environ["RANK"] == "1":
-        raise ValueError("no reward today")
-    return [0.0] * len(completions)
-'''
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("ranks")
-    shop = tiny.workshop(root) | {"root": str(root)}
-    plain = tiny.encoder_folder(root / "plain-encoder")
-    config = json.loads((plain / "config.json").read_text())
-    (plain / "config.json").write_text(json.dumps(config | {"seq_classif_dropout": 0.0}))
-    (root / "rank_gate.py").write_text(GATE)
-    return shop | {"plain_encoder": str(plain)}
-
-
-def pairs(shop: dict[str, str], verb: str, more: list[str] | None = None) -> list[str]:
-    return tiny.overrides(shop, verb, *(pair.format(**shop) for pair in more or MORE[verb]))
-
-
-def free_port() -> int:
-    """Picked just before it is used: another program may take it meanwhile."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def group(number: int, **more: str) -> dict[str, str]:
-    """The environment that torchrun gives a process."""
-    told = {"MASTER_ADDR": "127.0.0.1", "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    return os.environ | {"OMP_NUM_THREADS": "1"} | told | more
-
-
-def two(folder: Path, *words: str, **more: str) -> list[tuple[int, str, str]]:
-    """`python WORDS` in two processes; of each the exit code and what it said."""
-    more = {"MASTER_PORT": str(free_port())} | more
-    with contextlib.ExitStack() as stack:
-        processes = [
-            stack.enter_context(started(folder, *words, env=group(number, **more), stderr=subprocess.PIPE))
-            for number in range(2)
-        ]
-        said = [process.communicate(timeout=SECONDS) for process in processes]
-    return [(process.returncode, *words) for process, words in zip(processes, said, strict=True)]
-
-
-@contextlib.contextmanager
-def started(folder: Path, *words: str, **given: Any) -> Iterator[subprocess.Popen[str]]:
-    """`python WORDS`, which does not outlive the block."""
-    with subprocess.Popen([sys.executable, *words], cwd=folder, text=True, stdout=subprocess.PIPE, **given) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return rank_group.workshop(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -267,14 +157,6 @@ def test_a_launcher_that_is_told_to_end_leaves_a_run_that_resumes(shop, runs, tm
     ).read_bytes()
 
 
-def launched(folder: Path, *words: str) -> tuple[int, str]:
-    """`python WORDS` in two processes of torchrun: its exit code and all that was said."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    done = subprocess.run([*run, *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                          capture_output=True, timeout=SECONDS)
-    return done.returncode, done.stdout + done.stderr
-
-
 FAILS = """
 from peftlab import cli
 from peftlab.errors import LabError
@@ -309,198 +191,6 @@ def test_another_number_of_processes_is_refused(shop, runs, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("sft batch_size=5", "batch_size: 5 cannot be shared evenly by 2 processes; give a multiple of 2"),
-        ("sft batch_size=8 accumulate=8", "batch_size: 8 in 8 parts cannot be shared evenly by 2 processes; give a "
-         "multiple of 16"),
-        ("ppo prompts_per_step=7", "prompts_per_step: 7 cannot be shared evenly by 2 processes; give a multiple of 2"),
-        ("ppo prompts_per_step=7 --dry-run", "prompts_per_step: 7 cannot be shared evenly by 2 processes; give a "
-         "multiple of 2"),
-        ("ppo device=mps", "device: "),
-        ("demo", "demo: runs in one process; "),
-    ],
-)
-def test_what_two_processes_cannot_do_is_refused(line, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, value in group(0).items():
-        monkeypatch.setenv(name, value)
-    outcome = peftlab(line)
-    assert outcome.code == 2
-    assert outcome.err.startswith(f"peftlab: {message}")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_config_that_parts_the_model_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, value in group(0, ACCELERATE_USE_FSDP="true").items():
-        monkeypatch.setenv(name, value)
-    outcome = peftlab("sft")
-    assert outcome.code == 2
-    assert outcome.err.startswith("peftlab: accelerate is configured for FSDP, which parts a model")
-
-
-def test_alone_nothing_is_shared():
-    figures = [torch.tensor([1.0, 2.0])]
-    ranks.add_up(figures)
-    assert figures[0].tolist() == [1.0, 2.0]
-    assert (ranks.size(), ranks.rank(), ranks.share(5), ranks.objects("x")) == (1, 0, range(5), ["x"])
-    assert (ranks.agreed(None), ranks.agreed(15)) == (None, 15)
-
-
-def ppo(tiny_causal) -> PPOTrainer:
-    """PPO on a random model, whose reward is the length of a completion."""
-    model, tokenizer = tiny_causal("gpt2")
-    roles = Roles(Backbone("tiny", model, tokenizer, fingerprint(model)), Lora(r=2, alpha=2))
-
-    def length(prompts, completions, records):
-        return torch.tensor([float(len(text)) for text in completions]), {}
-
-    return PPOTrainer(roles, Sampler(roles.twin, tokenizer), length, FixedKL(0.01), PPOSettings(), Decoding(4))
-
-
-def prompts(count: int) -> PromptBatch:
-    return PromptBatch([[3, 4]] * count, ["x"] * count, [None] * count)
-
-
-@pytest.mark.parametrize(("theirs", "broken"), [([math.nan, 0.0], "first_kl"), ([0.0, math.nan], "first_ratio_error")])
-def test_a_first_step_that_is_not_a_number_elsewhere_stops_this_process_too(tiny_causal, monkeypatch, theirs, broken):
-    trainer = ppo(tiny_causal)
-    rollout = trainer.collect(prompts(4))
-    monkeypatch.setattr(ranks, "objects", lambda mine: [mine, theirs])
-    with pytest.raises(LabError, match=f"{broken} is nan"):
-        trainer.check_first(rollout)
-
-
-GONE = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
-
-
-@pytest.fixture
-def member(monkeypatch) -> Callable[..., None]:
-    """Makes this process one of two that have met, with torch's own part faked: member(rank, objects)."""
-
-    def join(number: int, objects: Callable[[Any], list[Any]]) -> None:
-        for name, value in group(number).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(dist, "init_process_group", lambda backend: None)
-        monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-        monkeypatch.setattr(ranks, "size", lambda: 2)
-        monkeypatch.setattr(ranks, "rank", lambda: number)
-        monkeypatch.setattr(ranks, "objects", objects)
-
-    return join
-
-
-def lost(mine: Any) -> list[Any]:
-    raise GONE
-
-
-def test_a_process_lost_outside_a_session_is_told_in_one_line_with_what_torch_said(member):
-    member(0, lost)
-    said = r"^another of the 2 .*\(RuntimeError: .*Connection closed"
-    with pytest.raises(PeersLost, match=said) as end, joined("cpu"):
-        ranks.objects(None)
-    assert "\n" not in str(end.value)
-
-
-def test_a_process_lost_when_all_leave_leaves_a_run_that_is_done(member, capsys):
-    member(0, lost)
-    with joined("cpu"):
-        pass
-    assert capsys.readouterr().err == "another of the 2 processes ended too early; the work of this one is done\n"
-    with pytest.raises(Interrupted), joined("cpu"):
-        raise Interrupted(signal.SIGTERM)
-
-
-def test_no_signal_that_comes_late_takes_a_process_from_the_first_one(member):
-    """A process that heeded them would end, and with it this test."""
-    heard = []
-
-    def leaving(mine: Any) -> list[Any]:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-        heard.append("left")
-        return [mine, mine]
-
-    member(1, leaving)
-    with joined("cpu"), StopSignals() as session:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert session.requested == signal.SIGTERM
-    assert heard == ["left"]
-
-
-def test_a_signal_before_the_session_stops_the_session():
-    with StopSignals() as outer:
-        os.kill(os.getpid(), signal.SIGTERM)
-        with StopSignals() as session:
-            assert session.requested == outer.requested == signal.SIGTERM
-
-
-def test_a_reward_that_gives_other_parts_in_another_process_ends_all_with_both_names(tiny_causal, monkeypatch):
-    trainer = ppo(tiny_causal)
-    mine = replace(trainer.collect(prompts(2)), score_parts={"a": torch.zeros(2), "b": torch.zeros(2)})
-    monkeypatch.setattr(ranks, "size", lambda: 2)
-    monkeypatch.setattr(ranks, "objects", lambda told: [told, (told[0], {"a": torch.zeros(2)}, told[2])])
-    with pytest.raises(LabError) as end:
-        gathered(mine, prompts(4))
-    assert str(end.value) == "reward: process 0 gave parts a, b, process 1 a; give the same parts for every list"
-
-    measured = {"logprobs": torch.zeros(2, 4)}
-    monkeypatch.setattr(ranks, "objects", lambda told: [told, (measured, told[1], told[2])])
-    with pytest.raises(LabError, match="process 0 measured .*exact_kl.*, process 1 logprobs$"):
-        gathered(mine, prompts(4))
-    monkeypatch.setattr(ranks, "objects", lambda told: [told, told])
-    both = gathered(mine, prompts(4))
-    assert both.score_parts.keys() == {"a", "b"} and len(both.scores) == len(both.completions) == 4
-
-
-def test_what_two_processes_cannot_share_evenly_is_refused_of_a_trainer_too(tiny_causal, monkeypatch):
-    trainer = ppo(tiny_causal)
-    rollout = trainer.collect(prompts(6))
-    trainer.settings = replace(trainer.settings, minibatch_size=3)
-    monkeypatch.setattr(ranks, "size", lambda: 2)
-    with pytest.raises(LabError, match="^prompts: 5 cannot be shared evenly by 2 processes$"):
-        trainer.collect(prompts(5))
-    with pytest.raises(LabError, match="^minibatch_size: 3 cannot be shared evenly by 2 processes"):
-        trainer.update(rollout, lambda rows: {"policy/approx_kl": 0.0})
-
-
-@pytest.mark.parametrize("line", ["sft", "models"])
-@pytest.mark.parametrize(
-    ("told", "message"),
-    [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' is no number; a launcher sets it, so unset it without one"),
-        ({"RANK": "-1"}, "RANK: '-1' is no number"),
-        ({"LOCAL_RANK": "one"}, "LOCAL_RANK: 'one' is no number"),
-        ({"RANK": "5"}, "RANK: 5 is none of the 2 processes that WORLD_SIZE tells of; the first is 0"),
-        ({"WORLD_SIZE": "0"}, "RANK: 0 is none of the 0 processes"),
-    ],
-)
-def test_what_no_launcher_tells_is_refused_in_one_line(line, told, message, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for name, value in group(0, **told).items():
-        monkeypatch.setenv(name, value)
-    outcome = peftlab(line)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith(f"peftlab: {message}") and outcome.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(("name", "value"), [("MASTER_ADDR", None), ("MASTER_PORT", "no port")])
-def test_processes_that_cannot_meet_are_told_where(name, value, shop, monkeypatch):
-    monkeypatch.chdir(shop["root"])
-    for key, told in group(0, MASTER_PORT="1").items():
-        monkeypatch.setenv(key, told)
-    monkeypatch.delenv(name)
-    if value:
-        monkeypatch.setenv(name, value)
-    outcome = peftlab(f"sft {' '.join(pairs(shop, 'sft'))}")
-    assert (outcome.code, outcome.out) == (2, "")
-    place = f"({name} is not set):1" if value is None else f"127.0.0.1:{value}"
-    assert outcome.err.startswith(f"peftlab: the processes cannot meet at {place}: ValueError: ")
-
-
 def test_processes_launched_with_different_jobs_are_refused_with_the_keys_that_differ(runs):
     for said in runs[2]:
         assert (
@@ -508,47 +198,3 @@ def test_processes_launched_with_different_jobs_are_refused_with_the_keys_that_d
             "process 1), seed (0 in process 0, 1 in process 1)"
         ) in said.splitlines()
     assert not (runs[0] / "apart").exists()
-
-
-def test_a_run_that_one_process_names_otherwise_is_refused(monkeypatch):
-    monkeypatch.setattr(ranks, "objects", lambda mine: [mine, (mine[0], mine[1] | {"--run": "b", "--resume": True})])
-    with pytest.raises(UserError, match=r"jobs: --run \('a' in process 0, 'b' in process 1\), --resume \(False in pro"):
-        require_same_job("sft", "lr = 1.0", "a", False)
-
-
-def test_data_and_models_that_differ_between_processes_are_refused(monkeypatch, tmp_path):
-    run = RunDir.create(tmp_path, "run", "sft", "")
-    monkeypatch.setattr(ranks, "objects", lambda mine: [mine, "f" * 64])
-    data = RecordSet([], "mine.jsonl", "a" * 64)
-    with pytest.raises(UserError, match=r"^data 'mine.jsonl' is not .* \(sha256 a{12} in process 0, f{12} in pro"):
-        note_data(run, data, 0)
-    with pytest.raises(UserError, match="^model tiny-gpt2 is not the same for all processes"):
-        note_model(run, "model", "tiny-gpt2", "b" * 64)
-    monkeypatch.setattr(ranks, "objects", lambda mine: [mine, mine])
-    note_data(run, data, 0)
-    assert json.loads((run.path / "environment.json").read_text())["data"]["mine.jsonl"]["sha256"] == "a" * 64
-
-
-@pytest.mark.parametrize(("named", "part"), [("policy_parameters", "the adapter"), ("frozen_parameters", "the frozen")])
-def test_weights_that_differ_between_processes_stop_the_first_step(tiny_causal, monkeypatch, named, part):
-    trainer = ppo(tiny_causal)
-    other = []
-    monkeypatch.setattr(ranks, "size", lambda: 2)
-    monkeypatch.setattr(ranks, "objects", lambda mine: other.append(mine) or [mine, other[0]])
-    require_same_weights(trainer.roles)
-    with torch.no_grad():
-        next(iter(getattr(trainer.roles, named)().values())).view(-1)[0] += 1
-    with pytest.raises(LabError, match=f"^{part}.* of process 1 is not that of process 0 before any update"):
-        require_same_weights(trainer.roles)
-
-
-def test_the_first_process_shows_a_dry_run(shop, monkeypatch):
-    monkeypatch.chdir(shop["root"])
-    line = f"sft {' '.join(pairs(shop, 'sft'))} --dry-run"
-    shown = []
-    for number in range(2):
-        for name, value in group(number).items():
-            monkeypatch.setenv(name, value)
-        shown.append(peftlab(line))
-    assert [outcome.code for outcome in shown] == [0, 0]
-    assert "batch_size = 4" in shown[0].out and shown[1].out == ""

@@ -63,6 +63,28 @@ def test_a_ppo_run_shows_gain_curves_samples_and_tokens(ppo):
     assert sum(tag == "svg" and attrs.get("class") == "plot" for tag, attrs in page.elements) >= 12
 
 
+@pytest.mark.parametrize(
+    ("recipe", "task", "judged", "gain"),
+    [
+        ("rloo", "custom", False, ["Reward"]),
+        ("ppo", "custom", True, ["Independent judge", "Reward"]),
+        ("ppo", "continuation", True, ["Independent judge"]),
+    ],
+)
+def test_the_reward_is_a_card_where_a_judge_alone_does_not_say_what_was_gained(tmp_path, recipe, task, judged, gain):
+    run = RunDir.create(tmp_path, "own", recipe, f'task = "{task}"\n')
+    before = {"eval/judge": 0.5} if judged else {}
+    before |= {"eval/reward": 2.28, "eval/kl": 0.0, "eval/distinct_2": 0.84}
+    with run.session():
+        run.finish({**before, "eval/reward": 2.59, "eval/length": 16.0}, before, {"eval/reward": (2.38, 2.8)})
+    cards = re.findall('<p class="card-title">(.*?)</div>', read(render(run.path))[0], re.DOTALL)
+    told = [" ".join(re.sub("<[^>]*>", " ", card).split()) for card in cards]
+    for title, card in zip([*gain, "KL to the reference", "Distinct word pairs"], told, strict=True):
+        assert card.startswith(f"{title} ")
+        if title == "Reward":
+            assert card == "Reward 2.28 → 2.59 ▲ better 95%: 2.38 to 2.80"
+
+
 def test_every_curve_carries_its_definition_and_healthy_range(ppo):
     _, page = ppo
     for name in (

@@ -27,6 +27,7 @@ from peftlab.report.alarms import (
     kl_beyond,
     lasting,
 )
+from peftlab.report.figures import figures_of
 from peftlab.report.read import read_run
 from peftlab.report.recorded import distinct_2, read_recorded
 from peftlab.report.stack import contributions
@@ -70,20 +71,37 @@ def replay(tmp_path, name, config="kl_target = 0.0\n"):
 def test_a_real_healthy_run_is_silent(tmp_path):
     found = replay(tmp_path, "healthy")
     assert {title: alarm.fired for title, alarm in found.items()} == dict.fromkeys(
-        ["Judge", "Length", "Entropy", "Repetition", "KL"], False
+        ["Independent judge", "Length", "Entropy", "Distinct word pairs", "KL to the reference"], False
     )
 
 
 def test_a_real_run_that_games_its_reward_is_told_of(tmp_path):
     found = replay(tmp_path, "hacked")
-    assert {title for title, alarm in found.items() if alarm.fired} == {"Entropy", "Repetition", "KL"}
-    assert list(found)[:3] == ["Entropy", "Repetition", "KL"], "alarms come first"
+    kl = "KL to the reference"
+    fired = ["Entropy", "Distinct word pairs", kl]
+    assert [title for title, alarm in found.items() if alarm.fired] == fired
+    assert list(found)[:3] == fired, "alarms come first"
     entropy = dict(REAL["hacked"]["columns"]["policy/entropy"])
     assert entropy[found["Entropy"].began] < 0.6 * entropy[1] and entropy[found["Entropy"].began - 8] > 0.6 * entropy[1]
     assert (
-        "Since step" in found["KL"].words
-        and " nats a completion now; the limit is 12.0, 0.5 a token." in found["KL"].words
+        "Since step" in found[kl].words
+        and " nats a completion now; the limit is 12.0, 0.5 a token." in found[kl].words
     )
+
+
+def test_an_alarm_has_the_name_that_its_figure_has_in_the_table(tmp_path):
+    run = read_run(fake_runs.ppo_run(tmp_path).path)
+    names = {figure.title for figure in figures_of(run)}
+    told = alarms_of(run, [])
+    assert {alarm.title for alarm in told} - names == {"Reward parts"}
+    assert ": the reward 0.03 to 1.71, the independent judge 0.472 to 0.861" in told[0].words
+    labelled = RunDir.create(tmp_path, "labelled", "rloo", "")
+    with labelled.session():
+        labelled.finish({"rubric/label": 0.5, "eval/reward": 2.0}, {"rubric/label": 0.75, "eval/reward": 1.0})
+    run = read_run(labelled.path)
+    told = alarms_of(run, [])
+    assert told[0].fired and told[0].title in {figure.title for figure in figures_of(run)}
+    assert told[0].title.lower() in told[0].words
 
 
 @pytest.mark.parametrize("end", [40.0, 10.0])
@@ -247,4 +265,4 @@ def test_a_judge_that_was_asked_in_training_is_read_step_by_step(tmp_path):
         for step in range(1, 41)
     ]
     judge = alarms_of(parts_run(tmp_path, "judged", rows), [])[0]
-    assert judge.title == "Judge" and judge.fired and judge.began <= 17
+    assert judge.title == "Independent judge" and judge.fired and judge.began <= 17

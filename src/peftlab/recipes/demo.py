@@ -51,6 +51,7 @@ CLASSIFY = Stage(
 )
 SFT = Stage("sft", "sft", (("eval/perplexity", "perplexity of unseen openings"),))
 PAIRS = "{demo}/preferences"  # answers of the SFT model, sampled before the stage `reward`
+TRAIN_PAIRS = "preferences-train.jsonl"
 REWARD = Stage(
     "reward",
     "reward",
@@ -60,7 +61,7 @@ REWARD = Stage(
     ),
     given=(
         ("model", "{demo}/sft/adapter"),
-        ("train_data", f"{PAIRS}/preferences-train.jsonl"),
+        ("train_data", f"{PAIRS}/{TRAIN_PAIRS}"),
         ("eval_data", f"{PAIRS}/preferences-test.jsonl"),
     ),
 )
@@ -137,6 +138,9 @@ def run_demo(
             if stage.shown:
                 show_samples(console, run.path / stage.name, stage.shown)
         console.print(f"\n{summary['time']['wall_s']:.0f} s. Report: {report}", highlight=False, soft_wrap=True)
+        texts = run.path / PPO.name / "samples.jsonl", Path(PAIRS.format(demo=run.path)) / TRAIN_PAIRS
+        told = f"Texts: {texts[0]}, before and after; {texts[1]}, what the reward model learned from"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
         talk = typed("chat", str(run.path / "ppo" / "adapter"))
         console.print(f"Talk to it: {talk}", highlight=False, markup=False, soft_wrap=True)
     return summary

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .text import number
+from .text import title as title_of
 
 Points = Sequence[tuple[float, float]]  # (step, value), steps ascending
 Ends = tuple[float | None, float | None]  # the same figure of the evaluation, before and after
@@ -32,7 +33,10 @@ JUDGE_DROP = 0.05  # of a probability: about the 95% interval of 256 prompts, wh
 
 @dataclass(frozen=True)
 class Alarm:
-    """What one check found. `fired` is None where it could not be made; `began` is the step, if one is known."""
+    """What one check found. `fired` is None where it could not be made; `began` is the step, if one is known.
+
+    `title` names the figure that was read, as the report's table does.
+    """
 
     title: str
     fired: bool | None
@@ -70,17 +74,27 @@ class Level:
 
 
 LENGTH = Level(
-    "Length",
+    title_of("eval/length"),
     "tokens a completion",
     1 / LENGTH_FACTOR,
     LENGTH_FACTOR,
     below="completions are shorter than they were",
     above="completions are longer than they were",
 )
-ENTROPY = Level("Entropy", "nats a token", ENTROPY_SHARE, math.inf, "the policy's entropy is below half of what it was")
+ENTROPY = Level(
+    title_of("eval/entropy"),
+    "nats a token",
+    ENTROPY_SHARE,
+    math.inf,
+    below="the policy's entropy is below half of what it was",
+)
 # Distinct-2 over the texts of a step, which are equally many in each.
 REPETITION = Level(
-    "Repetition", "of the word pairs distinct", DISTINCT_SHARE, math.inf, "completions repeat themselves or each other"
+    title_of("eval/distinct_2"),
+    "of the word pairs distinct",
+    DISTINCT_SHARE,
+    math.inf,
+    below="completions repeat themselves or each other",
 )
 
 
@@ -112,7 +126,7 @@ def kl_beyond(kl: Points, target: float, lengths: Points) -> Alarm:
 
     `kl` and `target`: nats a completion; `lengths`: tokens a completion.
     """
-    title = "KL"
+    title = title_of("eval/kl")
     if len(kl) < LEAST or not (target or lengths):
         return Alarm(title, None, f"{UNCHECKED}measured in {_few(len(kl), LEAST)}.")
     if target:

@@ -20,6 +20,7 @@ _HEADLINE = {
     "reward": ("eval/pair_accuracy", "eval/ece"),
 }
 _HEADLINE_RL = ("eval/judge", "eval/kl", "eval/perplexity_ratio", "eval/distinct_2")
+_JUDGED_TASK = "continuation"  # what an answer is worth is the judge's to say; elsewhere the reward alone says it
 _COSTS = frozenset(
     {"eval/kl"}
 )  # 0 before by definition: a price to weigh against the gain, not a loss of quality
@@ -73,6 +74,8 @@ def figures_of(run: RunFiles) -> list[Figure]:
 def headline(run: RunFiles, figures: list[Figure]) -> list[Figure]:
     """The few figures to read first."""
     wanted = _HEADLINE.get(run.summary["recipe"], _HEADLINE_RL)
+    if wanted is _HEADLINE_RL and run.config.get("task", _JUDGED_TASK) != _JUDGED_TASK:
+        wanted = (wanted[0], "eval/reward", *wanted[1:])
     chosen = [figure for name in wanted for figure in figures if figure.name == name]
     return chosen or figures[:3]
 

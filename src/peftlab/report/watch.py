@@ -20,9 +20,10 @@ from .alarms import (
 )
 from .read import RunFiles, as_number
 from .stack import PART, contributions
+from .text import title
 
 # What knows better than the reward, if it was measured: the classifier of the evaluation, or labels known beforehand.
-_GOLD = (("eval/judge", "the judge"), ("rubric/label", "the share of true labels"))
+_GOLD = (("eval/judge", "the independent judge"), ("rubric/label", "the share with the true label stated"))
 
 
 def alarms_of(run: RunFiles, distinct: Points) -> list[Alarm]:
@@ -30,7 +31,7 @@ def alarms_of(run: RunFiles, distinct: Points) -> list[Alarm]:
     if run.summary["recipe"] not in ("ppo", "rloo", "dpo"):
         return []
     reward, judge, lengths = (_points(run, name) for name in ("reward/mean", "eval/judge", "rollout/length"))
-    by_step = against("Judge", reward, judge, ("the reward", "the judge"), JUDGE_DROP)
+    by_step = against(title(_GOLD[0][0]), reward, judge, ("the reward", _GOLD[0][1]), JUDGE_DROP)
     found = [
         by_step if by_step.fired is not None else _judge_at_the_ends(run),
         *(_parts(run, reward) if sum(name.startswith(PART) for name in run.columns) > 1 else []),
@@ -52,14 +53,14 @@ def in_short(alarms: Sequence[Alarm]) -> str:
 
 def _parts(run: RunFiles, reward: Points) -> list[Alarm]:
     """The weighted parts that fall while the reward rises, or one line where none does; a growing penalty is a fall."""
-    title, parts = "Reward parts", contributions(run.columns, run.config.get("reward"))
+    heading, parts = "Reward parts", contributions(run.columns, run.config.get("reward"))
     if not parts:
-        return [Alarm(title, None, f"{UNCHECKED}the config does not tell what each part weighs.")]
-    found = [against(title, reward, points, ("the reward", f"its part {name}")) for name, points in parts.items()]
+        return [Alarm(heading, None, f"{UNCHECKED}the config does not tell what each part weighs.")]
+    found = [against(heading, reward, points, ("the reward", f"its part {name}")) for name, points in parts.items()]
     fired = [alarm for alarm in found if alarm.fired]
     if fired or found[0].fired is None:
         return fired or found[:1]
-    return [Alarm(title, False, f"No part falls while the reward rises: {', '.join(parts)}.")]
+    return [Alarm(heading, False, f"No part falls while the reward rises: {', '.join(parts)}.")]
 
 
 def _judge_at_the_ends(run: RunFiles) -> Alarm:
@@ -69,7 +70,7 @@ def _judge_at_the_ends(run: RunFiles) -> Alarm:
     given = run.table("intervals").get(name)
     low, high = map(as_number, given) if isinstance(given, list) and len(given) == 2 else (None, None)
     interval = None if low is None or high is None else (low, high)
-    return ends_against("Judge", _ends(run, proxy[0]), _ends(run, name), (proxy[1], words), interval)
+    return ends_against(title(name), _ends(run, proxy[0]), _ends(run, name), (proxy[1], words), interval)
 
 
 def _points(run: RunFiles, name: str) -> list[tuple[float, float]]:
