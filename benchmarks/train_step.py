@@ -60,7 +60,8 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.device == "cuda":
-            torch.cuda.synchronize()
+            if state.global_step in (WARM_UP, args.max_steps):  # else the host may go on, as it does in a training
+                torch.cuda.synchronize()
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
         self.stamps.append(time.perf_counter())
 

@@ -75,4 +75,7 @@ def test_kernels_are_given_what_they_declare(monkeypatch, dtype, ones):
     for rotary in (None, (turned, turned)):
         heads = torch.randn(6, 6, 8).to(dtype)
         made.append(fused.attend(heads, rotary, cache, unseen, torch.tensor([3]), fused.seen(4, cache, 32)))
+    gate, up, slopes = torch.randn(3, 6, 32).to(dtype)
+    beside = [fused.kernels.gated(gate, up), *fused.kernels.gated_slopes(gate, up, slopes)]
+    assert all(each.shape == gate.shape and each.dtype == dtype for each in beside)
     assert {tuple(rows.shape) for rows in made} == {(6, wide)} and launched == set(declared)

@@ -59,6 +59,21 @@ def test_columns_and_norms_are_torchs(fused, dtype, rows, width):
         require_rows(fused.norm(x, norm), fused, plain.norm(x, norm))
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (3, 7, 36), (70, 3072)])
+def test_gates_and_their_gradients_are_torchs(dtype, shape):
+    kernels = kernels_of(DEVICE, dtype)
+    assert kernels is not None
+    gate, up, slopes = (drawn(*shape, dtype=dtype, seed=seed) * 3 for seed in range(3))
+    wide = [x.float().requires_grad_(True) for x in (gate, up)]
+    expected = nn.functional.silu(wide[0]) * wide[1]
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2e-2}
+    torch.testing.assert_close(kernels.gated(gate, up).float(), expected, **near)
+    for ours, theirs in zip(
+        kernels.gated_slopes(gate, up, slopes), torch.autograd.grad(expected, wide, slopes.float()), strict=True
+    ):
+        torch.testing.assert_close(ours.float(), theirs, **near)
+
+
 def test_rows_that_stand_apart_are_split(fused, dtype):
     x = drawn(5, 52, dtype=dtype)[:, 8:44]
     assert fitting(x) and not any(fitting(other) for other in (x[:, 1:5], x[:, :7], x.t(), x[:, :4].reshape(4, 5)))

@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftlab.models import lean as lean_module
-from peftlab.models.adapters import Lora
-from peftlab.models.backbone import Backbone, causal_logits
-from peftlab.models.lean import ATTENTION, _Rotated, attend_in_full, attention, keep_less, recompute
+from peftlab.models.adapters import Lora, adapter_parameters, attach
+from peftlab.models.backbone import Backbone, causal_logits, trunk
+from peftlab.models.lean import ATTENTION, _Again, _Rotated, attend_in_full, attention, keep_less, recompute
 from peftlab.models.roles import Roles
 from peftlab.ops.masks import position_ids
 
@@ -167,3 +167,21 @@ def test_lean_attention_with_a_cache_is_transformers(tiny_causal):
     torch.testing.assert_close(made.logits[MASK], expected.logits[MASK])
     for one, other in zip(made.past_key_values.layers, expected.past_key_values.layers, strict=True):
         torch.testing.assert_close((one.keys, one.values), (other.keys, other.values))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_what_several_layers_read_is_made_again_once(tiny_causal, monkeypatch, architecture):
+    """Two norms and an activation a block, though five layers of a Llama-class one read the norms."""
+    made, init = [], _Again.__init__
+    monkeypatch.setattr(
+        _Again, "__init__", lambda self, make: init(self, lambda *given: (made.append(1), make(*given))[1])
+    )
+    model, _ = tiny_causal(architecture)
+    learner = attach(model, Lora(r=3), "policy")
+    keep_less(model)
+    learned = adapter_parameters(learner, "policy").values()
+    for parameter in learned:
+        nn.init.normal_(parameter.requires_grad_(True), std=0.1)
+    states = trunk(learner)(input_ids=IDS, attention_mask=MASK).last_hidden_state
+    torch.autograd.grad(states.sum(), list(learned))
+    assert len(made) == 3 * model.config.num_hidden_layers

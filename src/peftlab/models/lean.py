@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
+from ..ops.kernels import Kernels, flat, kernels_of
 from ..ops.masks import UNSEEN
 from ..ops.split import in_tf32
 
@@ -53,18 +54,33 @@ def recompute(x: Tensor) -> Recompute:
     noted = getattr(x, "made_by", None)
     if noted is None or noted[0] != x._version:
         return _itself, (x,)
-    _, make, made_of = noted
-    return make, made_of
+    _, again, made_of = noted
+    again.askers += 1
+    return again, made_of
 
 
 def _itself(x: Tensor) -> Tensor:
     return x
 
 
+class _Again:
+    """Makes a tensor again for all layers that read it, the first time one asks; the last one takes it away."""
+
+    def __init__(self, make: Callable[..., Tensor]) -> None:
+        self.make, self.askers = make, 0
+        self.made: Tensor | None = None
+
+    def __call__(self, *made_of: Tensor) -> Tensor:
+        made: Tensor = self.make(*made_of) if self.made is None else self.made
+        self.askers -= 1
+        self.made = made if self.askers > 0 else None
+        return made
+
+
 def _note(output: Tensor, make: Callable[..., Tensor], *made_of: Tensor) -> Tensor:
     """`output`, with a note of how it was made, where a backward may ask."""
     if output.requires_grad:
-        output.made_by = output._version, make, tuple(tensor.detach() for tensor in made_of)  # type: ignore[attr-defined]
+        output.made_by = output._version, _Again(make), tuple(tensor.detach() for tensor in made_of)  # type: ignore[attr-defined]
     return output
 
 
@@ -82,7 +98,14 @@ class LeanMLP(LlamaMLP):
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
+    kernels = _kernels(gate, up)
+    return F.silu(gate).mul_(up) if kernels is None else kernels.gated(gate, up)
+
+
+def _kernels(*tensors: Tensor) -> Kernels | None:
+    """Those that take these."""
+    fitting = all(flat(x) and x.dtype == tensors[0].dtype for x in tensors)
+    return kernels_of(tensors[0].device, tensors[0].dtype) if fitting else None
 
 
 class _Gated(torch.autograd.Function):
@@ -97,6 +120,9 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        kernels = _kernels(gate, up, gradient)
+        if kernels is not None:
+            return kernels.gated_slopes(gate, up, gradient)
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 

@@ -182,10 +182,15 @@ class _ReadMerged(torch.autograd.Function):
         states = ctx.make(*made_of).reshape(-1, down.shape[1])
         gradient = gradient.reshape(-1, gradient.shape[-1])
         with ctx.layer.gradients():
-            of_down = (gradient @ up).mul_(ctx.scale).t() @ states
-            of_up = (gradient.t() @ (states @ down.t())).mul_(ctx.scale)
+            of_down = _scaled(gradient, up, ctx.scale).t() @ states
+            of_up = gradient.t() @ _scaled(states, down.t(), ctx.scale)
             of_x = (gradient @ ctx.merged.weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
             return of_x, of_down, of_up, None, None, None
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a b, by one kernel."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 class _Frozen(torch.autograd.Function):

@@ -61,6 +61,36 @@ extern "C" __global__ void columns(const T* x, half_t* to, int rows, int stride,
     put(to + (long long)row * wide, column, width, wide, value);
 }
 
+__device__ __forceinline__ void store4(float* to, float4 x) { *(float4*)to = x; }
+__device__ __forceinline__ void store4(half_t* to, float4 x) {
+    *(ushort4*)to = make_ushort4(rounded(x.x), rounded(x.y), rounded(x.z), rounded(x.w));
+}
+
+// silu(gate) up of `count` numbers.
+extern "C" __global__ void gates(const T* gate, const T* up, T* to, int count) {
+    int at = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    if (at >= count) return;
+    float4 g = four(gate + at), u = four(up + at);
+    store4(to + at, make_float4(silu(g.x) * u.x, silu(g.y) * u.y, silu(g.z) * u.z, silu(g.w) * u.w));
+}
+
+// One number's part of its gradient: slope times up times silu'(gate) goes out, and slope times silu(gate) into `up`.
+__device__ __forceinline__ float gate_slope(float gate, float& up, float slope) {
+    float share = 1.0f / (1.0f + expf(-gate)), of_gate = slope * up * share * (1.0f + gate * (1.0f - share));
+    up = slope * gate * share;
+    return of_gate;
+}
+
+extern "C" __global__ void gate_slopes(const T* gate, const T* up, const T* slope, T* of_gate, T* of_up, int count) {
+    int at = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
+    if (at >= count) return;
+    float4 g = four(gate + at), u = four(up + at), s = four(slope + at);
+    g.x = gate_slope(g.x, u.x, s.x), g.y = gate_slope(g.y, u.y, s.y);
+    g.z = gate_slope(g.z, u.z, s.z), g.w = gate_slope(g.w, u.w, s.w);
+    store4(of_gate + at, g);
+    store4(of_up + at, u);
+}
+
 __device__ float summed(float x, float* shared) {
     for (int apart = 16; apart; apart >>= 1) x += __shfl_xor_sync(~0u, x, apart);
     __syncthreads();  // the last sum has been read

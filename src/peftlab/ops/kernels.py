@@ -31,6 +31,7 @@ class Kernels:
         self.device, self.dtype = device, dtype
         self.parts = 3 if dtype == torch.float32 else 1
         self._columns, self._norms = self._compiled("columns"), self._compiled("norms")
+        self._gates, self._gate_slopes = self._compiled("gates"), self._compiled("gate_slopes")
         self._attends: dict[tuple[int, int], Any] = {}
 
     def columns(self, x: Tensor, made: int = AS_IT_IS, ones: int = 0) -> Tensor:
@@ -57,6 +58,24 @@ class Kernels:
         given = x, weight, bias, out, width, out.shape[1], int(centred), epsilon
         self._launch(self._norms, (rows, 1, 1), min(THREADS, -(-width // 128) * 32), 0, *given)
         return out
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) up, of tensors that are `flat`."""
+        out = torch.empty_like(gate)
+        self._each(self._gates, gate, up, out)
+        return out
+
+    def gated_slopes(self, gate: Tensor, up: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of gate and up, of that of silu(gate) up; all of them `flat`."""
+        out = torch.empty_like(gate), torch.empty_like(up)
+        self._each(self._gate_slopes, gate, up, slopes, *out)
+        return out
+
+    def _each(self, kernel: Any, *tensors: Tensor) -> None:
+        """Four numbers of each tensor a thread."""
+        count = tensors[0].numel()
+        assert all(flat(x) and x.dtype == self.dtype and x.numel() == count for x in tensors)
+        self._launch(kernel, (-(-count // (4 * THREADS)), 1, 1), THREADS, 0, *tensors, count)
 
     def holds(self, heads: int, groups: int, slots: int, width: int) -> bool:
         """Whether `attend` takes such heads, and has room for so many slots; compiles it for them."""
@@ -117,6 +136,11 @@ class Kernels:
 def fitting(x: Tensor) -> bool:
     """Whether four numbers of a row of x (N, D) may be read at once."""
     return x.stride(1) == 1 and x.shape[1] % 4 == 0 and x.stride(0) % 4 == 0 and x.data_ptr() % 16 == 0
+
+
+def flat(x: Tensor) -> bool:
+    """Whether the numbers of x lie one behind the other, to be read by fours and counted by an int."""
+    return x.is_contiguous() and x.numel() % 4 == 0 and x.data_ptr() % 16 == 0 and x.numel() < 2**31
 
 
 def _threads(each: int) -> int:
