@@ -79,6 +79,7 @@ def training_arguments(config: TrainConfig, rows: int, workers: int = 0) -> Trai
         remove_unused_columns=False,
         dataloader_num_workers=workers if device.type == "cuda" else 0,
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},  # else the host waits for each batch's copy
         torch_empty_cache_steps=None,
         # True multiplies the loss by the number of processes, to undo a division that our mean losses never made.
         average_tokens_across_devices=False,
