@@ -80,3 +80,15 @@ def test_a_row_that_ended_is_padded_and_not_counted(sampler):
     assert length <= 2
     assert (samples.completion_ids[0, length:] == sampler.pad_id).all()
     assert (samples.logprobs[0, length:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 2e-5), (torch.bfloat16, 0.3)])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_cache_grows_under_a_long_completion(tiny_causal, architecture, dtype, near):
+    model, tokenizer = tiny_causal(architecture)
+    sampler = Sampler(model.to(dtype), tokenizer)
+    sampler.eos_id = None
+    samples = sampler.sample([[5, 6, 7, 8, 9], [11], [3, 4, 12]], [1, 2, 3], Decoding(50))
+    again = token_logprobs(causal_logits(model, samples.ids, samples.mask, 50), samples.completion_ids)
+    assert samples.ids.shape[1] > 32
+    assert (again - samples.logprobs).abs().max() < near

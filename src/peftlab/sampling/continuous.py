@@ -229,7 +229,7 @@ class Together:
         """As in `Slots`, of a batch that is empty."""
         self._count = len(sources)
         rows = torch.tensor(sources, device=ids.device)
-        logits = self._decoder.first(ids, mask, 0)[rows]
+        logits = self._decoder.first(ids, mask)[rows]
         self._decoder.keep(rows)
         return logits
 

@@ -1,8 +1,8 @@
-"""One token more for each row: the decoding step of architectures that we know, on a cache that never grows.
+"""One token more for each row: the decoding step of architectures that we know, on a cache that rarely grows.
 
 transformers' own forward serves any model, and builds masks, positions and caches anew at each token. Here the same
 modules are called (so merged, refreshed or adapted weights are the ones that act) around an attention that writes into
-a cache allocated once.
+a cache with room for some dozens of tokens.
 
 Shapes: B rows, S slots of the cache, P of them the prompt's, V vocabulary, H heads, G heads of keys and values, D width
 of a head.
@@ -15,9 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..ops.masks import UNSEEN, position_ids
 from .attention import few_queries
+from .slab import slot_bucket
 
 # (layer, query (B, H, D), key and value (B, G, D)) -> (B, H * D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -100,7 +102,7 @@ class Decoder(Protocol):
 
     states: Tensor | None
 
-    def first(self, ids: Tensor, mask: Tensor, room: int) -> Tensor: ...
+    def first(self, ids: Tensor, mask: Tensor) -> Tensor: ...
 
     def next(self, tokens: Tensor) -> Tensor: ...
 
@@ -115,19 +117,19 @@ class CachedDecoder:
         self.step = step
         self.states: Tensor | None = None
 
-    def first(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
-        """Read the prompts (B, P), left-padded, and make room for `room` tokens behind them."""
+    def first(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read the prompts (B, P), left-padded."""
         positions = position_ids(mask)
         output = self.step.body(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=True)
         layers = output.past_key_values.layers
         rows, heads, self.end, width = layers[0].keys.shape
-        shape = (len(layers), rows, heads, self.end + room, width)
+        shape = (len(layers), rows, heads, slot_bucket(self.end + 1), width)
         self.keys, self.values = (layers[0].keys.new_zeros(shape) for _ in range(2))
         for place, layer in enumerate(layers):
             self.keys[place, :, :, : self.end] = layer.keys
             self.values[place, :, :, : self.end] = layer.values
-        self.unseen = self.keys.new_zeros(rows, 1, 1, self.end + room)
-        self.unseen[:, 0, 0, : self.end].masked_fill_(~mask.bool(), UNSEEN)
+        self.unseen = self.keys.new_full((rows, 1, 1, shape[3]), UNSEEN)
+        self.unseen[:, 0, 0, : self.end].masked_fill_(mask.bool(), 0.0)
         self.positions = positions[:, -1]
         return self._logits(output.last_hidden_state[:, -1])
 
@@ -135,6 +137,10 @@ class CachedDecoder:
         """Logits behind `tokens` (B,)."""
         self.positions = self.positions + 1
         self.end += 1
+        if (more := slot_bucket(self.end) - self.unseen.shape[3]) > 0:
+            self.keys, self.values = (F.pad(part, (0, 0, 0, more)) for part in (self.keys, self.values))
+            self.unseen = F.pad(self.unseen, (0, more), value=UNSEEN)
+        self.unseen[..., self.end - 1] = 0.0
         return self._logits(self.step.states(tokens, self.positions, self._attend))
 
     def keep(self, rows: Tensor) -> None:
@@ -148,11 +154,12 @@ class CachedDecoder:
         return logits
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
-        keys[:, :, -1], values[:, :, -1] = key, value
-        # Heads that share a key stand where positions would: no key is copied for each of them.
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.end - 1], values[:, :, self.end - 1] = key, value
+        # Heads that share a key stand where positions would: no key is copied for each of them. The empty slots are
+        # read as well: products of keys that do not lie one behind the other take up to four times as long.
         grouped = query.view(len(query), keys.shape[1], -1, query.shape[-1])
-        return few_queries(grouped, keys, values, self.unseen[..., : self.end]).reshape(len(query), -1)
+        return few_queries(grouped, keys, values, self.unseen).reshape(len(query), -1)
 
 
 class PlainDecoder:
@@ -164,7 +171,7 @@ class PlainDecoder:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def first(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
+    def first(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Read the prompts (B, P), left-padded."""
         self.mask, self.positions, self.cache = mask.long(), position_ids(mask), None
         return self._forward(ids)

@@ -133,7 +133,7 @@ class Sampler:
         rows = torch.arange(count, device=self.device)  # those that the decoder still reads
         ended = torch.zeros(count, dtype=torch.bool, device=self.device)
         decoder = decoder_of(self.model)
-        logits = decoder.first(prompt_ids, prompt_mask, decoding.max_new_tokens)
+        logits = decoder.first(prompt_ids, prompt_mask)
         for step in range(decoding.max_new_tokens):
             tokens, logprobs = choose(logits, uniforms[rows, step], decoding)
             if read is not None and readings is not None and decoder.states is not None:
