@@ -173,10 +173,13 @@ def test_lean_attention_with_a_cache_is_transformers(tiny_causal):
 def test_what_several_layers_read_is_made_again_once(tiny_causal, monkeypatch, architecture):
     """Two norms and an activation a block, though five layers of a Llama-class one read the norms; less the first norm,
     whose input does not learn, so that it is kept as it is."""
-    made, init = [], _Again.__init__
-    monkeypatch.setattr(
-        _Again, "__init__", lambda self, make: init(self, lambda *given: (made.append(1), make(*given))[1])
-    )
+    made, every, init = [], [], _Again.__init__
+
+    def counting(self: _Again, make) -> None:
+        every.append(self)
+        init(self, lambda *given: (made.append(1), make(*given))[1])
+
+    monkeypatch.setattr(_Again, "__init__", counting)
     model, _ = tiny_causal(architecture)
     learner = attach(model, Lora(r=3), "policy")
     keep_less(model)
@@ -186,3 +189,4 @@ def test_what_several_layers_read_is_made_again_once(tiny_causal, monkeypatch, a
     states = trunk(learner)(input_ids=IDS, attention_mask=MASK).last_hidden_state
     torch.autograd.grad(states.sum(), list(learned))
     assert len(made) == 3 * model.config.num_hidden_layers - 1
+    assert all(one.made is None for one in every), "and nobody keeps it"

@@ -119,6 +119,17 @@ def test_under_autocast_a_fresh_policy_is_its_reference(tiny_causal, architectur
         assert torch.equal(causal_logits(model, IDS, MASK, 3), policy)
 
 
+def test_a_frozen_weight_is_rounded_once_until_it_changes(tiny_causal):
+    model = adapted(tiny_causal, "llama")
+    layer = next(module for module in model.modules() if isinstance(module, QuickLora))
+    with torch.no_grad():
+        first = layer.weight_in(torch.bfloat16)
+        assert layer.weight_in(torch.bfloat16) is first
+        layer.base_layer.weight.mul_(2)
+        assert torch.equal(layer.weight_in(torch.bfloat16), first * 2)
+        assert layer.weight_in(torch.float32).data_ptr() == layer.base_layer.weight.data_ptr()
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_quick_layers_change_last_bits_alone(tiny_causal, architecture):
     model, _ = tiny_causal(architecture)

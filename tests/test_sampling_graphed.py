@@ -120,14 +120,17 @@ def test_the_states_that_are_kept_are_those_that_tokens_were_chosen_from(sampler
     ids, mask = sampler.pad(PROMPTS)
     steps = list(decoder.decode(ids, mask, SEEDS, None, Decoding(7), keep=True))
     tokens = torch.stack([tokens.clone() for tokens, _ in steps], 1)
-    states = decoder.states(7, len(ids))
+    states = decoder.states(decoder.turn, 7, len(ids))
     assert states.shape == (7, len(ids), width) and states.dtype == torch.float32
     _, expected = causal_logits_and_states(
         sampler.model, torch.cat([ids, tokens], 1), torch.cat([mask, torch.ones_like(tokens, dtype=torch.bool)], 1), 7
     )
     torch.testing.assert_close(states.transpose(0, 1), expected, atol=2e-4, rtol=1e-4)
+    turn = decoder.turn
     without = torch.stack([tokens for tokens, _ in decoder.decode(ids, mask, SEEDS, None, Decoding(7))], 1)
     assert torch.equal(tokens, without)
+    with pytest.raises(RuntimeError, match="another decode"):
+        decoder.states(turn, 7, len(ids))
 
 
 def test_weights_written_in_place_act(sampler, decoder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from os.path import isfile
 from pathlib import Path
 from typing import Annotated
 
@@ -89,7 +90,7 @@ def _refuse_arguments(adapter: str, more: list[str]) -> None:
     from ..config import DATA
     from ..runs.typed import typed
 
-    files = [word for word in (adapter, *more) if word.lower().endswith(DATA) or word in more and Path(word).is_file()]
+    files = [word for word in (adapter, *more) if word.lower().endswith(DATA) or word in more and isfile(word)]
     if not (files or more):
         return
     name, *rest = [word for word in (adapter, *more) if word not in files] or ["ADAPTER"]

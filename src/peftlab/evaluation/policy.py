@@ -79,7 +79,7 @@ def evaluate_side(
 ) -> Side:
     """Sample one completion a prompt from a role (None = the reference) and measure it.
 
-    Row i has the same random draws on both sides. Leaves the sampler's copy at `role`.
+    Row i has the same random draws on both sides. Leaves the sampler's copy at `role`, until a pass of another.
     """
     roles.refresh(role)
     sampler = Sampler(roles.twin, roles.tokenizer)

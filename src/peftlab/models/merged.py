@@ -6,7 +6,7 @@ merged; its gradients need the adapter's own factors, not what they add. To merg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,20 +18,33 @@ from .packed import matrix, packed_of
 from .quick_lora import Merged, QuickLora
 
 
+@torch.no_grad()
+def merge(model: nn.Module, name: str | None, twin: nn.Module) -> None:
+    """Write W + (alpha / r) B A of a PeftModel's adapter, or (None) W itself, into the layers of `twin`."""
+    weights = dict(twin.named_parameters())
+    for place, layer in lora_layers(model).items():
+        base = layer.base_layer.weight
+        # A reward model that joined may have layers which the policy has not.
+        own = name is not None and name in layer.lora_A
+        merged = base + layer.get_delta_weight(name).to(base.dtype) if own else base
+        weights[f"{place}.weight"].copy_(merged)
+
+
 class MergedPolicy:
-    """The adapter of `model` that `write` merges into `twin`; the layers of both lie where they lie from now on.
+    """The adapter `name` of `model`, merged into `twin`; the layers of both lie where they lie from now on.
 
     `stream`: that of captures, None to do without graphs.
     """
 
-    def __init__(self, model: nn.Module, twin: nn.Module, write: Callable[[], None], stream: Any = None) -> None:
-        self.packed, self.write, self.stream = packed_of(twin), write, stream
+    def __init__(self, model: nn.Module, name: str, twin: nn.Module, stream: Any = None) -> None:
+        self.model, self.name, self.twin = model, name, twin
+        self.packed, self.stream = packed_of(twin), stream
         self.layers: list[Merged] = []
         twins, windows = dict(twin.named_modules()), None
-        for name, layer in lora_layers(model).items():
+        for place, layer in lora_layers(model).items():
             if isinstance(layer, QuickLora) and layer.split is not None:
                 windows = windows or self.packed.windows(layer.split.rows)
-                layer.merged_weight = Merged(matrix(twins[name]), windows[id(twins[name])])
+                layer.merged_weight = Merged(matrix(twins[place]), windows[id(twins[place])])
                 self.layers.append(layer.merged_weight)
         self.fresh = self.begun = False
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -69,5 +82,5 @@ class MergedPolicy:
         self.fresh = self.begun = True
 
     def _merge(self) -> None:
-        self.write()
+        merge(self.model, self.name, self.twin)
         self.packed.renew()

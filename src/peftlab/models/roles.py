@@ -32,7 +32,7 @@ from .backbone import (
 from .captured import CapturedStates, capturable, padded
 from .heads import ScalarHead
 from .lean import attend_in_full, keep_less
-from .merged import MergedPolicy
+from .merged import MergedPolicy, merge
 from .packed import packable
 from .quick_lora import split_products
 from .reward_model import CriticStart
@@ -102,7 +102,7 @@ class Roles:
         whole = self.unembedding is not None and self.unembedding.dtype == torch.float32
         if merged and known and whole and packable(self.twin):
             stream = self.captured.stream if self.captured is not None else None
-            self.merged = MergedPolicy(self.model, self.twin, partial(self._write, POLICY), stream)
+            self.merged = MergedPolicy(self.model, POLICY, self.twin, stream)
             self.split_head = self.merged.packed.split_head
         elif whole and self.unembedding is not None:
             self.split_head = SplitHead(self.unembedding)
@@ -232,23 +232,16 @@ class Roles:
         logprobs, entropies = (nothing.index_put(where, part) for part in found)
         return logprobs, entropies, states
 
-    @torch.no_grad()
     def refresh(self, role: str | None = POLICY) -> None:
-        """Write W + (alpha / r) B A of a role (None: W itself) into the sampler's copy; the base is only read."""
+        """Write W + (alpha / r) B A of a role (None: W itself) into the sampler's copy; the base is only read.
+
+        Where the policy is read merged, its next pass writes the policy there again.
+        """
         if self.merged is not None and role == POLICY:
             self.merged.renew()
         else:
-            self._write(role)
+            merge(self.model, role, self.twin)
             self.moved()
-
-    def _write(self, role: str | None) -> None:
-        weights = dict(self.twin.named_parameters())
-        for name, layer in lora_layers(self.model).items():
-            base = layer.base_layer.weight
-            # A reward model that joined may have layers which the policy has not.
-            own = role is not None and role in layer.lora_A
-            merged = base + layer.get_delta_weight(role).to(base.dtype) if own else base
-            weights[f"{name}.weight"].copy_(merged)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that learns, for checkpoints."""
@@ -274,7 +267,8 @@ class Roles:
     def bytes_per_role(self) -> dict[str, int]:
         """Bytes of the shared base, of each role's own tensors, and of the sampler's copy beyond what it shares.
 
-        "parts" are the base's weights once more, as they are multiplied; the sampler's copy has as many of its own.
+        "parts" are the base's weights once more, as they are multiplied; the sampler's copy has as many of its own, the
+        head's left out where the policy is read merged.
         """
         parts = self._parts()
         frozen = self.frozen_parameters()

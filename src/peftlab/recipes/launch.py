@@ -14,7 +14,7 @@ from ..models.backbone import pick_device
 from ..report import render
 from ..runs.launched import rank, world_size
 from ..runs.progress import Progress, say, watched
-from ..runs.rundir import RunDir, differences, ended_runs, list_runs, vacant
+from ..runs.rundir import RunDir, differences, ended_runs, vacant
 from ..runs.summary import done_since, outcome
 from ..runs.typed import typed
 from ..training.arguments import TrainConfig
@@ -155,7 +155,9 @@ def _to_resume(root: Path, config: Config, words: Sequence[str]) -> str:
     same = [folder for folder, text in texts.items() if text == ours]
     if same:
         return next((folder for folder in reversed(going) if folder in same), same[-1]).name
-    alike = [run for run in list_runs(root) if run["recipe"] == recipe and "/" not in run["run"]]
+    # By their folders, which may have other names than the runs began with.
+    alike = [outcome(file.parent) | {"run": file.parent.name} for file in root.glob("*/config.toml")]
+    alike = sorted((run for run in alike if run["recipe"] == recipe), key=lambda run: str(run["started"]))
     for run in reversed(alike):
         if run["status"] in EARLY and (root / run["run"] / "config.toml").read_text(encoding="utf-8") == ours:
             raise UserError(_nothing_left(root, run, words))

@@ -92,7 +92,7 @@ def sampled_side(opened: PolicyRun, role: str | None, prompts: PromptBatch, samp
 
 
 def own_sampler(roles: Roles, role: str | None) -> Sampler:
-    """Samples from a role's weights, until the next `refresh`."""
+    """Samples from a role's weights, until the next `refresh`, or pass of a policy that is read merged."""
     roles.refresh(role)
     return Sampler(roles.twin, roles.tokenizer)
 

@@ -146,7 +146,7 @@ class PolicyTrainer(Generic[Settings]):
             with torch.no_grad():
                 for parameter, kept in zip(learned, before, strict=True):
                     parameter.copy_(kept)
-            self.roles.moved()
+            self.roles.refresh()  # passes of this step may have merged what is taken back
             raise LabError(f"{error}; the weights are those before the step") from None
         return stats
 

@@ -45,7 +45,7 @@ class GraphedDecoder:
         self.graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}
         self.slabs: dict[tuple[int, int], Slab] = {}
         self.kept: dict[tuple[int, int], Tensor] = {}  # by (rows, slots), the states of each step
-        self.last: Tensor | None = None
+        self.last: tuple[int, Tensor] | None = None  # of the last decode: its turn, and what it kept
         self.cache = step.head.new_empty(0)
         self.logits = step.head.new_empty(0)
         self.turn = 0
@@ -73,7 +73,8 @@ class GraphedDecoder:
         slab.begin(ids, mask, prompt, row_uniforms(seeds, steps), -1 if eos_id is None else eos_id)
         size, choice = slab.unseen.shape, (decoding.temperature, decoding.top_k, decoding.top_p)
         layer = slab.cache[0]  # all are alike
-        kept = self.last = self._kept(slab) if keep else None
+        kept = self._kept(slab) if keep else None
+        self.last = None if kept is None else (turn, kept)
         for step in range(steps):
             if turn != self.turn:
                 raise RuntimeError("another decode began before this one had ended: they share one cache")
@@ -86,11 +87,12 @@ class GraphedDecoder:
             if eos_id is not None and (step + 1) % look_every == 0 and bool(slab.ended.all()):
                 return
 
-    def states(self, steps: int, rows: int) -> Tensor:
-        """What the first tokens of each row were chosen from in the last decode, one that kept it: (steps, rows, width)
-        in float32."""
-        assert self.last is not None
-        return self.step.states(self.last[:steps, :rows])
+    def states(self, turn: int, steps: int, rows: int) -> Tensor:
+        """What the first tokens of each row were chosen from in the decode of a `turn`, which kept it: (steps, rows,
+        width) in float32. RuntimeError where another has begun since."""
+        if self.last is None or self.last[0] != turn:
+            raise RuntimeError("another decode began since: what this one kept is no longer there")
+        return self.step.states(self.last[1][:steps, :rows])
 
     def _kept(self, slab: Slab) -> Tensor:
         """A place for the states of each step."""
@@ -188,6 +190,7 @@ class GraphedDecoder:
         self.graphs.clear()
         self.slabs.clear()
         self.kept.clear()
+        self.last = None
         self.cache = self.logits = self.cache.new_empty(0)  # the old is free before the new is asked for
         self.cache = self.cache.new_empty(size)
         vocabulary = -(-len(self.step.head) // BLOCK) * BLOCK

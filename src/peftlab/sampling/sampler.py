@@ -121,12 +121,12 @@ class Sampler:
         """
         graphed = self._graphs()
         if graphed is not None:
-            keep, made = read is not None and readings is not None, 0
+            keep, made, turn = read is not None and readings is not None, 0, graphed.turn + 1
             for chosen in graphed.decode(prompt_ids, prompt_mask, seeds, self.eos_id, decoding, look_every, keep):
                 made += 1
                 yield chosen
             if read is not None and readings is not None:
-                readings += read(graphed.states(made, len(prompt_ids))).unbind()
+                readings += read(graphed.states(turn, made, len(prompt_ids))).unbind()
             return
         count, end = len(prompt_ids), -1 if self.eos_id is None else self.eos_id
         uniforms = row_uniforms(seeds, decoding.max_new_tokens).to(self.device)
