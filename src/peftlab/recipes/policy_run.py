@@ -107,16 +107,13 @@ class PolicyRun:
 
     def load_policy(self, step: int | None) -> None:
         """Give the policy the weights of a checkpoint, or (None) those of the run's end. UserError without them."""
-        known = ", ".join(map(str, self.run.steps)) or "none"
+        known, name = ", ".join(map(str, self.run.steps)), self.run.name
         if step is None and not self.run.has_adapter:
-            raise UserError(
-                f"run {self.run.name} has not ended, so it has no adapter; let it end, or give --checkpoint STEP, of "
-                f"{known}"
-            )
+            other = f"let it end, or give --checkpoint STEP, of {known}" if known else "nor a checkpoint yet; let it end"
+            raise UserError(f"run {name} has not ended, so it has no adapter; {other}")
         if step is not None and step not in self.run.steps:
-            raise UserError(
-                f"--checkpoint {step}: run {self.run.name} has no whole one of that step; there are {known}"
-            )
+            there = f"there are {known}" if known else "there is none"
+            raise UserError(f"--checkpoint {step}: run {name} has no whole one of that step; {there}")
         if step is None:
             self._load_adapter()
         else:
