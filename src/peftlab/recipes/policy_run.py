@@ -109,7 +109,7 @@ class PolicyRun:
         """Give the policy the weights of a checkpoint, or (None) those of the run's end. UserError without them."""
         known, name = ", ".join(map(str, self.run.steps)), self.run.name
         if step is None and not self.run.has_adapter:
-            other = f"let it end, or give --checkpoint STEP, of {known}" if known else "nor a checkpoint yet; let it end"
+            other = f"let it end, or give --checkpoint STEP, of {known}" if known else "nor any checkpoint; let it end"
             raise UserError(f"run {name} has not ended, so it has no adapter; {other}")
         if step is not None and step not in self.run.steps:
             there = f"there are {known}" if known else "there is none"
