@@ -144,7 +144,7 @@ def test_four_answers_of_rloo_stand_below_their_prompt(home, monkeypatch):
     ("line", "told"),
     [
         ("--step 3", "--step 3: run ppo has no rollouts of it; recorded: 1, 2, 4, 6"),
-        ("--step 6 --prompt 4", "--prompt 4: not recorded at step 6 of run ppo; there: 0 ("),
+        ("--step 6 --prompt 4", "--prompt 4: not recorded at step 6 of run ppo; give 0 to 3, or an id: 0 is "),
         ("--step x", "Invalid value for '--step'"),
     ],
 )
