@@ -29,7 +29,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", 
 SECONDS = 240  # far more than it takes
 REWARD = "def length(prompts, completions, records):\n    return [float(len(c)) for c in completions]\n"
 # What the lab itself writes to a terminal: colours, and a panel that is drawn again (ECMA-48: SGR, CUU, ED).
-OWN = re.compile(r"\x1b\[(?:[0-9;]*m|\d+A|J)")
+OWN = re.compile(r"\x1b\[(?:[0-9;]*m|\d+A|J)|\r  \d+%|\r {5}\r")  # colours, a live panel, a share that is done
 STEERS = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{BIDI}\ud800-\udfff]")
 # All commands in one process, which imports the libraries once; standard input is piped, the output a terminal's.
 DRIVER = """
