@@ -110,6 +110,7 @@ BAD = [
     ("sft", '["text"]', "expected an object with named fields, not ['text']"),
     ("sft", "null", "expected an object with named fields, not None"),
     ("sft", '{"text": "a"', "not valid JSON: "),
+    ("sft", '{"text": "a', "not valid JSON: Unterminated string starting at column 10"),
     ("sft", "text", "not valid JSON: "),
     ("sft", '{"text": ' + "9" * 5000 + "}", "not valid JSON: a number too long"),
     ("sft", "[" * 200_000, "not valid JSON: "),

@@ -81,13 +81,14 @@ def runs_diff(
     print()
     print_rows([row | {side: short(cell(row[side]), 36) for side in "ab"} for row in found["config"]], False)
     print()
-    print_rows(
-        [
-            {"metric": row["metric"], **{side: _with_interval(row[side], row[f"interval_{side}"]) for side in "ab"}}
-            for row in found["metrics"]
-        ],
-        False,
-    )
+    figures = [
+        {"metric": row["metric"], **{side: _with_interval(row[side], row[f"interval_{side}"]) for side in "ab"}}
+        for row in found["metrics"]
+    ]
+    if figures:
+        print_rows(figures, False)
+    else:
+        print("no figure that both have")
     if alone:
         print("", *alone, sep="\n")
 

@@ -50,7 +50,7 @@ def _parsed(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
-        return ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
+        return ValueError(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except _Twice as error:
         return error
     except ValueError:  # Python's int takes 4,300 digits
