@@ -548,3 +548,9 @@ def test_what_takes_long_on_a_cpu_is_told_before_it_begins(monkeypatch):
     assert not of("sft device=cpu train_data=mine.jsonl") and not of("ppo device=cpu")
     monkeypatch.setattr("peftlab.recipes.launch.pick_device", lambda _: torch.device("cuda"))
     assert not of("sft smollm2-imdb")
+
+
+def test_a_mistyped_config_is_answered_with_the_nearest():
+    near, far = peftlab("configs sft-tny"), peftlab("configs qqqqqq")
+    assert (near.code, near.err) == (2, "peftlab: config sft-tny: not a shipped config; did you mean sft-tiny?\n")
+    assert far.code == 2 and "sft-tiny" in far.err and "did you mean" not in far.err

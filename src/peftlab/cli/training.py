@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
 from ..runs.progress import folded
 from .shared import RUNS, Json, Overrides, examples, loading, print_plan, print_summary
 
@@ -147,4 +147,6 @@ def configs(name: Annotated[str | None, typer.Argument(help="show this config's 
     elif name in shipped:
         print(shipped[name].read_text(), end="")
     else:
-        raise UserError(f"config {name}: not a shipped config; known: {', '.join(shipped)}")
+        raise UserError(
+            f"config {name}: not a shipped config; {did_you_mean(name, shipped) or 'known: ' + ', '.join(shipped)}"
+        )
