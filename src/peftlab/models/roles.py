@@ -99,12 +99,13 @@ class Roles:
             keep_less(base)
             if self.device.type == "cuda":
                 self.captured = CapturedStates(trunk(self.model), self.device)
-        whole = self.unembedding is not None and self.unembedding.dtype == torch.float32
-        if merged and known and whole and packable(self.twin):
+        if self.unembedding is None or self.unembedding.dtype != torch.float32:
+            return
+        if merged and known and packable(self.twin):
             stream = self.captured.stream if self.captured is not None else None
             self.merged = MergedPolicy(self.model, POLICY, self.twin, stream)
             self.split_head = self.merged.packed.split_head
-        elif whole and self.unembedding is not None:
+        else:
             self.split_head = SplitHead(self.unembedding)
 
     def moved(self) -> None:

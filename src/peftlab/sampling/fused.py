@@ -10,8 +10,9 @@ Shapes: N tokens, one a row; H heads, G heads of keys and values, D width of a h
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,32 +25,6 @@ from .engine import known_step
 
 # (layer, queries, keys and values (N, H + 2G, D), their rotation) -> rows (N, H * D) to be multiplied
 Attend = Callable[[int, Tensor, Rotary], Tensor]
-
-
-class FusedStep(Protocol):
-    """States behind the last norm, rows (N, K) to be multiplied, of tokens at positions (N,); `head` (V, width) makes
-    logits of them."""
-
-    layers: int
-    heads: int
-    groups: int
-    width: int
-    head: Tensor
-    between: Between
-
-    def refresh(self) -> None:
-        """Follow weights that were written to."""
-
-    def logits(self, states: Tensor, out: Tensor) -> None:
-        """states head^T (N, V) into `out` (N, V'), of which it may lower what lies behind V."""
-
-    def rows_of_states(self, *size: int) -> Tensor:
-        """A place (*size, k) for the first k numbers of rows (N, K), which tell the states that they are made of."""
-
-    def states(self, rows: Tensor) -> Tensor:
-        """Those states, (..., width) in float32, of (..., k)."""
-
-    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor: ...
 
 
 class Products:
@@ -88,7 +63,8 @@ class Products:
             split(states, out[:, : len(split.weight)])
 
     def rows_of_states(self, *size: int) -> Tensor:
-        """A place (*size, k) for the first k numbers of rows (N, K) for the head, which tell the states they are of."""
+        """A place (*size, k) for the first k numbers of rows (N, K) for the head, which tell the states that they are
+        made of."""
         head = self.packed.head
         if isinstance(self.last, Fused) and head.dtype == torch.float32:  # high and low parts
             return head.new_empty(*size, 2 * head.shape[1], dtype=torch.bfloat16)
@@ -101,17 +77,36 @@ class Products:
         return first + rows[..., width:] if rows.shape[-1] > width else first
 
 
-class FusedGpt2:
+class FusedStep(ABC):
+    """States behind the last norm, rows (N, K) to be multiplied, of tokens at positions (N,); `head` (V, width) makes
+    logits of them.
+
+    `refresh` follows weights that were written to; `logits`, `rows_of_states` and `states` are those of `Products`.
+    """
+
+    layers: int
+    heads: int
+    groups: int
+    width: int
+
+    def __init__(self, model: Any) -> None:
+        self.products = products = Products(packed_of(model))
+        self.head, self.between = products.packed.head, products.between
+        self.refresh, self.logits = products.packed.follow, products.logits
+        self.rows_of_states, self.states = products.rows_of_states, products.states
+
+    @abstractmethod
+    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor: ...
+
+
+class FusedGpt2(FusedStep):
     """GPT2LMHeadModel."""
 
     def __init__(self, model: Any) -> None:
-        self.body, self.head = model.transformer, model.lm_head.weight
+        super().__init__(model)
+        self.body = model.transformer
         self.layers, self.heads = len(self.body.h), model.config.n_head
         self.groups, self.width = self.heads, model.config.n_embd // self.heads
-        self.products = Products(packed_of(model))
-        self.refresh, self.logits = self.products.packed.follow, self.products.logits
-        self.rows_of_states, self.states = self.products.rows_of_states, self.products.states
-        self.between = self.products.between
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         body, products, between = self.body, self.products, self.between
@@ -125,19 +120,16 @@ class FusedGpt2:
         return products.last.norm(x, body.ln_f)
 
 
-class FusedLlama:
+class FusedLlama(FusedStep):
     """LlamaForCausalLM without biases. Packs weights of its model, which keep their values and may be written to."""
 
     def __init__(self, model: Any) -> None:
+        super().__init__(model)
         config = model.config
-        self.body, self.head = model.model, model.lm_head.weight
+        self.body = model.model
         self.layers, self.groups = len(self.body.layers), config.num_key_value_heads
         self.width = self.body.layers[0].self_attn.head_dim
         self.heads = config.num_attention_heads
-        self.products = Products(packed_of(model))
-        self.refresh, self.logits = self.products.packed.follow, self.products.logits
-        self.rows_of_states, self.states = self.products.rows_of_states, self.products.states
-        self.between = self.products.between
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         body, products, between = self.body, self.products, self.between
