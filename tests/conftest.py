@@ -53,3 +53,12 @@ def one_thread():
 
     with tiny.one_thread():
         yield
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """This CPU as a device on which splitting pays."""
+    from peftlab.models import packed, quick_lora, roles
+
+    for module in (packed, quick_lora, roles):
+        monkeypatch.setattr(module, "splits_pay", lambda device: True)

@@ -7,13 +7,12 @@ import weakref
 
 import pytest
 import torch
+from test_split import IDS, MASK, roles_of
 from torch import nn
 
 from peftlab.errors import LabError
-from peftlab.models import packed, quick_lora
-from peftlab.models import roles as roles_module
-from peftlab.models.adapters import Lora, activate
-from peftlab.models.backbone import Backbone, causal_logits
+from peftlab.models.adapters import activate
+from peftlab.models.backbone import causal_logits
 from peftlab.models.packed import packed_of
 from peftlab.models.roles import Roles
 from peftlab.ops.logprobs import token_logprobs
@@ -25,23 +24,7 @@ from peftlab.sampling.graphed import GraphedDecoder
 from peftlab.sampling.sampler import Decoding, Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread", "split")
-IDS = torch.tensor([[0, 0, 5, 6, 7, 8, 1], [3, 4, 5, 9, 10, 11, 12]])
-MASK = torch.tensor([[False, False, True, True, True, True, False], [True] * 7])
 PROMPTS = PromptBatch([[3, 4, 5], [6], [7, 8], [9]], list("abcd"), [None] * 4)
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """This CPU as a device on which splitting pays."""
-    for module in (packed, quick_lora, roles_module):
-        monkeypatch.setattr(module, "splits_pay", lambda device: True)
-
-
-def roles_of(causal, architecture: str) -> Roles:
-    roles = Roles(Backbone("tiny", *causal(architecture), ""), Lora(r=3, alpha=8))
-    roles.quicken(merged=True)
-    assert roles.merged is not None
-    return roles
 
 
 def moved(roles: Roles) -> Roles:
@@ -67,7 +50,7 @@ def beside(roles: Roles) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_it_follows_its_adapter(tiny_causal, architecture):
-    roles = roles_of(tiny_causal, architecture)
+    roles = roles_of(tiny_causal, architecture, merged=True)
     before = told(roles)
     assert torch.equal(before, roles.reference_logprobs(IDS, MASK, 3))
     after = told(moved(roles))
@@ -76,7 +59,7 @@ def test_it_follows_its_adapter(tiny_causal, architecture):
 
 
 def test_a_decode_of_the_reference_between_leaves_the_policy_its_weights(tiny_causal):
-    roles = moved(roles_of(tiny_causal, "gpt2"))
+    roles = moved(roles_of(tiny_causal, "gpt2", merged=True))
     policy = told(roles)
     roles.refresh(None)
     decoder, prompt = GraphedDecoder(fused_step(roles.twin)), torch.tensor([[3, 4]])
@@ -101,7 +84,7 @@ def ratio_error(trainer: PPOTrainer) -> float:
 
 
 def test_training_moves_it_and_the_sampler_alike(tiny_causal):
-    trainer = learner(roles_of(tiny_causal, "gpt2"))
+    trainer = learner(roles_of(tiny_causal, "gpt2", merged=True))
     before = told(trainer.roles)
     seen: list[torch.Tensor] = []
     backward = trainer.backward
@@ -114,7 +97,7 @@ def test_training_moves_it_and_the_sampler_alike(tiny_causal):
 
 
 def test_an_update_that_fails_is_taken_back_from_the_sampler_too(tiny_causal):
-    trainer = learner(roles_of(tiny_causal, "gpt2"))
+    trainer = learner(roles_of(tiny_causal, "gpt2", merged=True))
     trainer.step(PROMPTS)
     before, apply, calls = told(trainer.roles), trainer.apply, []
 
@@ -132,7 +115,7 @@ def test_an_update_that_fails_is_taken_back_from_the_sampler_too(tiny_causal):
 
 def test_roles_are_gone_with_their_last_name(tiny_causal):
     """Without a cycle that waits for a collection: an evaluation opens run after run."""
-    roles = roles_of(tiny_causal, "gpt2")
+    roles = roles_of(tiny_causal, "gpt2", merged=True)
     told(roles)
     gc.collect()
     gc.disable()

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from peftlab.models import packed, quick_lora
-from peftlab.models import roles as roles_module
+from peftlab.models import packed
 from peftlab.models.adapters import Lora, activate
 from peftlab.models.backbone import Backbone
 from peftlab.models.quick_lora import QuickLora, split_products
@@ -66,13 +65,6 @@ def test_tf32_is_left_as_it_was_found():
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
         raise KeyError
     assert torch.backends.cuda.matmul.fp32_precision == was
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """This CPU as a device on which splitting pays."""
-    for module in (packed, quick_lora, roles_module):
-        monkeypatch.setattr(module, "splits_pay", lambda device: True)
 
 
 def roles_of(causal, architecture: str, critic: str = "shared", merged: bool = False) -> Roles:
