@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops.graphs import aside, capturing
 from ..ops.masks import position_ids
+from .graphs import aside, capturing
 from .lean import ATTENTION
 
 # Kinds that are remembered; beyond them all are forgotten.

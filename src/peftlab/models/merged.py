@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.graphs import capturing
 from .adapters import lora_layers
+from .graphs import capturing
 from .packed import matrix, packed_of
 from .quick_lora import Merged, QuickLora
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..models.captured import CAPTURED_TOKENS
-from ..ops.graphs import aside, capturing
+from ..models.graphs import aside, capturing
 from ..ops.masks import UNSEEN
 from .between import Rotary, rotated
 from .choice import BLOCK, Decoding, choose_in_blocks, row_uniforms
