@@ -241,6 +241,19 @@ def test_a_dry_run_refuses_what_the_run_would(verb, shop):
     refused(peftlab(filled(f"{verb} {{FILL}} train_data=missing.jsonl --dry-run", shop), **shop), ["missing.jsonl"])
 
 
+@pytest.mark.parametrize("verb", ["ppo", "rloo"])
+@pytest.mark.parametrize(("pair", "words"), [
+    ("reward=nowhere:f", ["no module 'nowhere'"]),
+    ("reward=imdb-sentimnet", ["did you mean imdb-sentiment?"]),
+    ("reward=rubric:lenght", ["rubric:lenght", "length"]),
+    ("reward={changed}", ["adapter_model.safetensors", "sha256"]),
+    ("judge={reward}", ["judge", "independent"]),
+])
+def test_a_dry_run_looks_at_the_reward(verb, pair, words, shop):
+    pairs = tiny.overrides(shop, verb, "reward={reward}".format(**shop), "judge={judge}".format(**shop), pair)
+    refused(peftlab(" ".join([verb, *(f"'{word}'" for word in pairs), "--dry-run"]), **shop), words)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("line", ["sft {FILL} device=cuda", "ppo {FILL} device=cuda:1", "predict {reward} --text a "
                                   "--device cuda", "doctor {gpt2} --device cuda"])
