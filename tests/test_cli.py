@@ -440,10 +440,11 @@ def test_generate_says_the_same_under_the_same_seed(shop):
 
 
 def test_generate_without_a_prompt_says_what_it_does_and_how_to_give_one(shop):
+    """So too where it is empty, as a shell's variable that is not set leaves it."""
     line = "generate {gpt2} --max-new-tokens 4 --json"
     bare, empty, given = (peftlab(f"{line}{more}", **shop) for more in ("", " --prompt ''", " --prompt film"))
-    assert (bare.code, bare.out) == (0, empty.out) and empty.err == given.err == ""
-    assert bare.err.startswith("generate: no --prompt, ") and "--prompt TEXT" in bare.err and bare.err.count("\n") == 1
+    assert bare.code == 0 and bare == empty and given.err == ""
+    assert bare.err.startswith("generate: no prompt, ") and "--prompt TEXT" in bare.err and bare.err.count("\n") == 1
     misplaced = peftlab("generate missing the 'quiet film' -n 2")
     assert misplaced.code == 2 and misplaced.err.endswith("goes behind --prompt, as in --prompt 'the quiet film'\n")
     assert "No such option: --no-such" in peftlab("generate missing --no-such").err
