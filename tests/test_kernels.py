@@ -23,7 +23,7 @@ def uncompiled(compiled) -> Kernels:
 
 @pytest.mark.parametrize(("heads", "groups", "width", "fits"), [(32, 4, 128, 895), (9, 3, 64, 3519), (8, 8, 64, 11967)])
 def test_attention_is_ours_while_a_block_need_not_ask_for_memory(heads, groups, width, fits):
-    ours, each = uncompiled(lambda name, sizes: name), heads // groups
+    ours, each = uncompiled(lambda name, sizes: {name: name}), heads // groups
     shares = (64 if each == 1 else 128) // (width // 4)
     assert ours.holds(heads, groups, fits, width) and not ours.holds(heads, groups, fits + 1, width)
     assert 4 * each * ((1 + shares) * width + fits + 1) == SHARED, "torch takes what is below"
@@ -41,7 +41,7 @@ def test_what_cannot_be_compiled_is_torchs_and_said_once(recwarn):
     ours = uncompiled(broken)
     assert not ours.holds(9, 3, 32, 64) and not ours.holds(9, 3, 64, 64)
     assert [str(warning.message) for warning in recwarn] == [
-        "a kernel was not compiled, so decoding and float32 products are slower: no NVRTC here"
+        "a kernel was not compiled, so decoding and training are slower: no NVRTC here"
     ]
 
 
@@ -63,7 +63,7 @@ def test_kernels_are_given_what_they_declare(monkeypatch, dtype, ones):
         assert 32 <= threads <= 256 and shared < SHARED and all(size > 0 for size in grid)
         launched.add(kernel)
 
-    monkeypatch.setattr(Kernels, "_compiled", lambda self, name, sizes="": name)
+    monkeypatch.setattr(Kernels, "_compiled", lambda self, *names, sizes="": dict(zip(names, names, strict=True)))
     monkeypatch.setattr(Kernels, "_launch", launch)
     fused, x, root = Fused(Kernels(torch.device("cpu"), dtype), ones), torch.randn(6, 32).to(dtype), nn.RMSNorm(32)
     root.variance_epsilon = 1e-6
@@ -78,4 +78,6 @@ def test_kernels_are_given_what_they_declare(monkeypatch, dtype, ones):
     gate, up, slopes = torch.randn(3, 6, 32).to(dtype)
     beside = [fused.kernels.gated(gate, up), *fused.kernels.gated_slopes(gate, up, slopes)]
     assert all(each.shape == gate.shape and each.dtype == dtype for each in beside)
+    of_rows = fused.kernels.softmax(x.clone(), torch.arange(6), 0.7, 30, True)
+    assert [(found.shape, found.dtype) for found in of_rows] == [((6,), torch.float32)] * 3
     assert {tuple(rows.shape) for rows in made} == {(6, wide)} and launched == set(declared)

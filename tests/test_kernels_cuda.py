@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.ops.kernels import fitting, kernels_of
+from peftlab.ops.logprobs import state_logprobs
 from peftlab.ops.masks import UNSEEN
+from peftlab.ops.split import AlignedHead, SplitHead
 from peftlab.sampling.between import Fused, Plain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -72,6 +74,53 @@ def test_gates_and_their_gradients_are_torchs(dtype, shape):
         kernels.gated_slopes(gate, up, slopes), torch.autograd.grad(expected, wide, slopes.float()), strict=True
     ):
         torch.testing.assert_close(ours.float(), theirs, **near)
+
+
+@pytest.mark.parametrize("rows, width, words", [(1, 4, 1), (3, 36, 33), (70, 50264, 50257), (5, 1024, 1024)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_softmax_is_torchs(dtype, rows, width, words, temperature):
+    kernels = kernels_of(DEVICE, dtype)
+    assert kernels is not None
+    logits, tokens = drawn(rows, width, dtype=dtype) * 4, torch.arange(rows, device=DEVICE) % words
+    logits[0] -= 30.0  # a softmax asks for differences alone
+    bare = torch.distributions.Categorical(logits=logits[:, :words].double() / temperature)
+    expected = bare.log_prob(tokens).float(), bare.entropy().float()
+    masses = (logits.double() / temperature - logits[:, :words].double().amax(-1, keepdim=True) / temperature).exp()
+    masses[:, words:] = 0
+    near = {"atol": 2e-5, "rtol": 1e-5}
+    before = logits.clone()
+    *found, totals = kernels.softmax(logits, tokens, temperature, words, False)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(tuple(found), expected, **near)
+    torch.testing.assert_close(totals, masses.sum(-1).float(), **near)
+    again = kernels.softmax(logits, tokens, temperature, words, True)
+    assert all(map(torch.equal, again, (*found, totals)))
+    near = near if dtype == torch.float32 else {"atol": 1e-3, "rtol": 2**-8}
+    torch.testing.assert_close(logits.float(), masses.float(), **near)
+
+
+def test_a_softmax_hides_no_number_that_is_not_finite(dtype):
+    kernels, tokens = kernels_of(DEVICE, dtype), torch.zeros(3, dtype=torch.long, device=DEVICE)
+    assert kernels is not None
+    logits = drawn(3, 2048, dtype=dtype)
+    logits[0, 1500], logits[1, 7] = torch.nan, torch.inf
+    for found in kernels.softmax(logits, tokens, 1.0, 2048, True):
+        assert found.isfinite().tolist() == [False, False, True]
+
+
+def test_log_probabilities_and_their_gradients_are_those_of_the_logits(dtype):
+    states, head = drawn(40, 64, dtype=dtype) / 8, drawn(1003, 64, dtype=dtype, seed=1)
+    tokens = torch.arange(40, device=DEVICE)
+    wide = [x.detach().float().requires_grad_(True) for x in (states, head)]
+    expected = torch.log_softmax(wide[0] @ wide[1].t() / 1.3, -1)
+    (slopes,) = torch.autograd.grad(expected[range(40), tokens].sum(), wide[0])
+    near = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float32 else {"atol": 5e-2, "rtol": 5e-2}
+    for quick in [AlignedHead(head, dtype)] + [SplitHead(head)] * (dtype == torch.float32):
+        learned = states.clone().requires_grad_(True)
+        logprobs, entropies = state_logprobs(learned, head, tokens, 1.3, quick)
+        torch.testing.assert_close(logprobs, expected[range(40), tokens].detach(), **near)
+        torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(-1).detach(), **near)
+        torch.testing.assert_close(torch.autograd.grad(logprobs.sum(), learned)[0].float(), slopes, **near)
 
 
 def test_rows_that_stand_apart_are_split(fused, dtype):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..ops.graphs import aside, capturing
 from ..ops.masks import position_ids
 from .lean import ATTENTION
 
@@ -144,11 +145,8 @@ class Pass:
         """Final states (R, S, D) of what was taken."""
         if not self.begun:
             self.begun = True
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream), acting():
-                states = self._run()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return states
+            with aside(self.stream), acting():
+                return self._run()
         if not self.graphs:
             with acting():
                 self._capture()
@@ -166,22 +164,16 @@ class Pass:
         return states
 
     def _capture(self) -> None:
-        # Threads of autograd and of communicators may call CUDA meanwhile.
-        given: dict[str, Any] = {
-            "pool": self.turn.pool,
-            "stream": self.stream,
-            "capture_error_mode": "thread_local",
-        }
-        graphs = [torch.cuda.CUDAGraph()]
-        with torch.cuda.graph(graphs[0], **given):
+        pool = self.turn.pool
+        with capturing(self.stream, pool) as forward:
             made = self._run()
-        self.made = made.detach()
+        graphs, self.made = [forward], made.detach()
         if self.turn.learned:
             self.slopes = torch.zeros_like(self.made)
-            graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graphs[1], **given):
+            with capturing(self.stream, pool) as backward:
                 gradients = torch.autograd.grad(made, self.turn.learned, self.slopes)
                 torch._foreach_copy_(self.turn.gradients, gradients)
+            graphs.append(backward)
         self.graphs = graphs
 
     def add_gradients(self, slopes: Tensor) -> None:

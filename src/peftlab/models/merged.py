@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.graphs import capturing
 from .adapters import lora_layers
 from .packed import matrix, packed_of
 from .quick_lora import Merged, QuickLora
@@ -74,8 +75,7 @@ class MergedPolicy:
         elif self.stream is None or not self.begun:
             self._merge()
         else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with capturing(self.stream) as graph:
                 self._merge()
             self.graph = graph
             graph.replay()

@@ -154,8 +154,8 @@ class _LowRank(torch.autograd.Function):
         states = ctx.make(*made_of).reshape(-1, down.shape[1])
         gradient = gradient.reshape(-1, gradient.shape[-1])
         with ctx.layer.gradients():
-            back = (gradient @ up.to(gradient.dtype)) * ctx.scale
-            of_up = (gradient.t() @ low) * ctx.scale
+            back = _scaled(gradient, up.to(gradient.dtype), ctx.scale)
+            of_up = _scaled(gradient.t(), low, ctx.scale)
             of_x = None
             if ctx.needs_input_grad[0]:
                 of_x = _before(gradient, ctx.layer).addmm_(back, down.to(gradient.dtype)).view(ctx.shape).to(ctx.dtype)

@@ -101,6 +101,14 @@ __device__ float summed(float x, float* shared) {
     return x;
 }
 
+__device__ __forceinline__ float highest_of(float x, float* shared) {
+    for (int apart = 16; apart; apart >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, apart));
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) x = fmaxf(x, shared[warp]);
+    return x;
+}
+
 // The norm of rows that lie one behind the other: LayerNorm where it is `centred`, with a bias, else RMSNorm.
 // Grid (rows).
 extern "C" __global__ void norms(const T* x, const T* weight, const T* bias, half_t* to, int width, int wide,
@@ -130,6 +138,56 @@ extern "C" __global__ void norms(const T* x, const T* weight, const T* bias, hal
         v.z = (v.z - mean) * scale * by.z + more.z, v.w = (v.w - mean) * scale * by.w + more.w;
         put(to + (long long)blockIdx.x * wide, i, width, wide, v);
     }
+}
+
+// Four logits of a row over a temperature; of those from `words` on, none has a chance.
+__device__ __forceinline__ float4 heated(const T* row, int column, int words, float temperature) {
+    float4 x = four(row + column);
+    if (temperature != 1.0f) x.x /= temperature, x.y /= temperature, x.z /= temperature, x.w /= temperature;
+    if (column + 3 >= words) {
+        if (column >= words) x.x = -1.0e30f;
+        if (column + 1 >= words) x.y = -1.0e30f;
+        if (column + 2 >= words) x.z = -1.0e30f;
+        x.w = -1.0e30f;
+    }
+    return x;
+}
+
+__device__ __forceinline__ float4 masses(float4 x, float highest) {
+    return make_float4(expf(x.x - highest), expf(x.y - highest), expf(x.z - highest), expf(x.w - highest));
+}
+
+// Of each row of logits: the log-probability of one token, the entropy, and the sum of exp(logit - the highest of them);
+// each logit makes way for that exp where `kept`. Grid (rows).
+extern "C" __global__ void softmax(T* logits, const long long* tokens, float* logprobs, float* entropies, float* totals,
+                                   int width, int words, int kept, double temperature) {
+    __shared__ float shared[32];
+    T* own = logits + (long long)blockIdx.x * width;
+    const int first = 4 * threadIdx.x, next = 4 * blockDim.x;
+    const float heat = (float)temperature, chosen = wider(own[tokens[blockIdx.x]]) / heat;
+    float highest = -3.0e38f, total = 0, weighted = 0;  // `weighted`: of exp(x - highest) (x - highest)
+    for (int i = first; i < width; i += next) {
+        float4 x = heated(own, i, words, heat);
+        float high = fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
+        if (high > highest) {
+            float less = highest - high, by = expf(less);
+            weighted = by * (weighted + less * total), total *= by, highest = high;
+        }
+        float4 mass = masses(x, highest);
+        total += mass.x + mass.y + mass.z + mass.w;
+        weighted += mass.x * (x.x - highest) + mass.y * (x.y - highest)
+                  + mass.z * (x.z - highest) + mass.w * (x.w - highest);
+    }
+    float of_all = highest_of(highest, shared), less = highest - of_all, by = expf(less);
+    weighted = summed(by * (weighted + less * total), shared);
+    total = summed(by * total, shared);
+    if (threadIdx.x == 0) {
+        logprobs[blockIdx.x] = chosen - of_all - logf(total);
+        entropies[blockIdx.x] = logf(total) - weighted / total;
+        totals[blockIdx.x] = total;
+    }
+    if (!kept) return;
+    for (int i = first; i < width; i += next) store4(own + i, masses(heated(own, i, words, heat), of_all));
 }
 
 #ifdef EACH

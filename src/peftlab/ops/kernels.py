@@ -30,8 +30,7 @@ class Kernels:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.parts = 3 if dtype == torch.float32 else 1
-        self._columns, self._norms = self._compiled("columns"), self._compiled("norms")
-        self._gates, self._gate_slopes = self._compiled("gates"), self._compiled("gate_slopes")
+        self._known = self._compiled("columns", "norms", "gates", "gate_slopes", "softmax")
         self._attends: dict[tuple[int, int], Any] = {}
 
     def columns(self, x: Tensor, made: int = AS_IT_IS, ones: int = 0) -> Tensor:
@@ -40,7 +39,7 @@ class Kernels:
         width = x.shape[1] // 2 if made == GATED else x.shape[1]
         out = self._rows(len(x), width, ones)
         grid = -(-x.shape[0] * width // (4 * THREADS)), 1, 1
-        self._launch(self._columns, grid, THREADS, 0, x, out, len(x), x.stride(0), width, out.shape[1], made)
+        self._launch(self._known["columns"], grid, THREADS, 0, x, out, len(x), x.stride(0), width, out.shape[1], made)
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, ones: int = 0) -> Tensor:
@@ -56,26 +55,43 @@ class Kernels:
         rows, width = x.shape
         out = self._rows(rows, width, ones)
         given = x, weight, bias, out, width, out.shape[1], int(centred), epsilon
-        self._launch(self._norms, (rows, 1, 1), min(THREADS, -(-width // 128) * 32), 0, *given)
+        self._launch(self._known["norms"], (rows, 1, 1), min(THREADS, -(-width // 128) * 32), 0, *given)
         return out
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) up, of tensors that are `flat`."""
         out = torch.empty_like(gate)
-        self._each(self._gates, gate, up, out)
+        self._each("gates", gate, up, out)
         return out
 
     def gated_slopes(self, gate: Tensor, up: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of gate and up, of that of silu(gate) up; all of them `flat`."""
         out = torch.empty_like(gate), torch.empty_like(up)
-        self._each(self._gate_slopes, gate, up, slopes, *out)
+        self._each("gate_slopes", gate, up, slopes, *out)
         return out
 
-    def _each(self, kernel: Any, *tensors: Tensor) -> None:
+    def softmax(
+        self, logits: Tensor, tokens: Tensor, temperature: float, words: int, kept: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """log p of tokens (N,), the entropies, and the sums of exp(logit - the row's highest), each (N,) float32, of
+        logits (N, W) over a temperature, of whose columns the first `words` count.
+
+        Where `kept`, each logit makes way for its exp.
+        """
+        assert logits.dtype == self.dtype and logits.is_contiguous() and fitting(logits)
+        assert tokens.dtype == torch.long and tokens.is_contiguous() and tokens.shape == logits.shape[:1]
+        rows, width = logits.shape
+        found = torch.empty(3, rows, device=self.device)
+        given = logits, tokens, *found, width, words, int(kept), float(temperature)
+        self._launch(self._known["softmax"], (rows, 1, 1), THREADS, 0, *given)
+        logprobs, entropies, totals = found
+        return logprobs, entropies, totals
+
+    def _each(self, name: str, *tensors: Tensor) -> None:
         """Four numbers of each tensor a thread."""
         count = tensors[0].numel()
         assert all(flat(x) and x.dtype == self.dtype and x.numel() == count for x in tensors)
-        self._launch(kernel, (-(-count // (4 * THREADS)), 1, 1), THREADS, 0, *tensors, count)
+        self._launch(self._known[name], (-(-count // (4 * THREADS)), 1, 1), THREADS, 0, *tensors, count)
 
     def holds(self, heads: int, groups: int, slots: int, width: int) -> bool:
         """Whether `attend` takes such heads, and has room for so many slots; compiles it for them."""
@@ -84,7 +100,7 @@ class Kernels:
             return False
         if (each, width) not in self._attends:
             sizes = f"#define EACH {each}\n#define WIDTH {width}\n#define THREADS {_threads(each)}\n"
-            self._attends[each, width] = _or_torch(lambda: self._compiled("attend", sizes))
+            self._attends[each, width] = _or_torch(lambda: self._compiled("attend", sizes=sizes)["attend"])
         return self._attends[each, width] is not None
 
     def attend(
@@ -116,7 +132,9 @@ class Kernels:
     def _rows(self, rows: int, width: int, ones: int) -> Tensor:
         return torch.empty(rows, self.parts * width + ones, dtype=torch.bfloat16, device=self.device)
 
-    def _compiled(self, name: str, sizes: str = "") -> Any:
+    def _compiled(self, *names: str, sizes: str = "") -> dict[str, Any]:
+        """Kernels of the file by name. It is compiled once for all of them, which takes half a second."""
+        from torch.cuda import _utils
         from torch.utils import cpp_extension
 
         state = "float" if self.parts == 3 else "unsigned short"
@@ -124,7 +142,9 @@ class Kernels:
         source = f"typedef {state} T;\n#define PARTS {self.parts}\n{sizes}{code}"
         # torch asks for the headers of a toolkit, which these kernels do without.
         with torch.cuda.device(self.device), patch.object(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME or ""):
-            return torch.cuda._compile_kernel(source, name)
+            compiled, _ = _utils._nvrtc_compile(source, names[0])
+            loaded: Any = _utils._cuda_load_module(compiled, list(names))
+            return dict(loaded)
 
     def _launch(self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, *given: Any) -> None:
         if not grid[0]:
@@ -169,5 +189,5 @@ def _or_torch(compiled: Callable[[], C]) -> C | None:
         return compiled()
     except Exception as error:  # of a driver, of NVRTC, of a torch that calls it otherwise: torch alone does it too
         why = next(iter(str(error).splitlines()), type(error).__name__)
-        warnings.warn(f"a kernel was not compiled, so decoding and float32 products are slower: {why}", stacklevel=2)
+        warnings.warn(f"a kernel was not compiled, so decoding and training are slower: {why}", stacklevel=2)
         return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .kernels import fitting, kernels_of
 from .split import AlignedHead, SplitHead, in_tf32
 
 # Logits that are there at once: on a CPU its cache is to hold them.
@@ -83,18 +84,33 @@ def _block(
     states: Tensor, head: Tensor, token_ids: Tensor, temperature: float, learns: bool, quick: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies, and d log p / d state where `learns`, of a few rows."""
-    logits = (states @ head.t() if quick is None else quick(states)).float()
+    logits = states @ head.t() if quick is None else quick(states)
+    logprobs, entropies, masses, totals = _softmax(logits, token_ids, temperature, len(head), learns)
+    if not learns:
+        return logprobs, entropies, states[:, :0]
+    with in_tf32(isinstance(quick, SplitHead)):
+        weight = head if quick is None else quick.weight
+        expected = (masses.to(weight.dtype) @ weight) / totals.unsqueeze(-1)
+    return logprobs, entropies, (head[token_ids] - expected.to(head.dtype)) / temperature
+
+
+def _softmax(
+    logits: Tensor, token_ids: Tensor, temperature: float, words: int, kept: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies, exp(logit - the row's highest), if it is `kept`, and the sums of these.
+
+    `logits` (N, W) are taken for it. Of columns from `words` on none has a chance, as their logits say too.
+    """
+    kernels = kernels_of(logits.device, logits.dtype)
+    if kernels is not None and fitting(logits):
+        logprobs, entropies, totals = kernels.softmax(logits, token_ids, temperature, words, kept)
+        return logprobs, entropies, logits, totals
+    logits = logits.float()
     if temperature != 1.0:
         logits /= temperature
     logits -= logits.amax(-1, keepdim=True)
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     masses = logits.exp()
-    total = masses.sum(-1)
-    log_total = total.log()
-    entropies = log_total - torch.linalg.vecdot(masses, logits) / total
-    if not learns:
-        return chosen - log_total, entropies, states[:, :0]
-    with in_tf32(isinstance(quick, SplitHead)):
-        weight = head if quick is None else quick.weight
-        expected = (masses.to(head.dtype) @ weight) / total.unsqueeze(-1).to(head.dtype)
-    return chosen - log_total, entropies, (head[token_ids] - expected) / temperature
+    totals = masses.sum(-1)
+    log_totals = totals.log()
+    return chosen - log_totals, log_totals - torch.linalg.vecdot(masses, logits) / totals, masses, totals

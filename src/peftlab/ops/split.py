@@ -164,8 +164,8 @@ class AlignedHead:
         self.words, self.weight = len(weight), aligned(weight).to(dtype)
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Logits (N, W), float32, of states (N, D); words beyond V have no chance."""
-        logits = (states.to(self.weight.dtype) @ self.weight.t()).float()
+        """Logits (N, W) of states (N, D); words beyond V have no chance."""
+        logits = states.to(self.weight.dtype) @ self.weight.t()
         logits[:, self.words :] = NEVER
         return logits
 

@@ -27,3 +27,9 @@ def log_odds(classifier: TextClassifier, wanted: str) -> Callable[..., Tensor]:
         return logits[:, label] - logits[:, 1 - label]
 
     return reward
+
+
+def probability(classifier: TextClassifier, wanted: str) -> Callable[..., Tensor]:
+    """Reward function: p(wanted) of prompt + completion, from 0 to 1: more is not earned by what is praise already."""
+    odds = log_odds(classifier, wanted)
+    return lambda *given: odds(*given).sigmoid()

@@ -2,8 +2,9 @@
 
     imdb-sentiment + 0.5*rubric:length + runs/mine/adapter + my_rewards:politeness
 
-A part is a sentiment classifier (its log-odds, normalised), a reward model (scaled as when it was trained), a part of
-the rubric, or a Python function, module:function. A folder whose name has a + or a * in it stands between quotes.
+A part is a sentiment classifier (its log-odds, or as p(NAME) its probability, normalised), a reward model (scaled as
+when it was trained), a part of the rubric, or a Python function, module:function. A folder whose name has a + or a * in
+it stands between quotes.
 """
 
 from __future__ import annotations
@@ -24,24 +25,27 @@ from ..models.stacks import Stack, kind_of
 from .learned import learned
 from .parts import Reward, RewardPart, dotted, user_function
 from .rubric import RUBRIC, Part, style
-from .sentiment import log_odds
+from .sentiment import log_odds, probability
 
 STYLE = "style"  # the part of the rubric that takes its patterns from the config
 _TERM = re.compile(r"\s*(?:([-\d.eE]+)\s*\*)?\s*(?:(['\"])(.+)\2|([^\s*'\"](?:[^*'\"]*[^\s*'\"])?))\s*")
+_PROBABILITY = re.compile(r"p\((.+)\)")
 _PIECE = re.compile(r"""((?:"[^"]*"|'[^']*'|[^+])*)(?:\+|$)""")
 
 
 @dataclass(frozen=True)
 class Term:
-    """One part as it was written."""
+    """One part as it was written. `bounded`: as p(NAME)."""
 
     weight: float
     name: str
+    bounded: bool = False
 
     def __str__(self) -> str:
         """As a line spells it."""
         quote = "'" if '"' in self.name else '"'
         name = f"{quote}{self.name}{quote}" if re.search(r"[+*'\"]|^\s|\s$", self.name) else self.name
+        name = f"p({name})" if self.bounded else name
         weight = repr(self.weight).replace("e+", "e")  # a + separates terms
         return name if self.weight == 1 else f"{weight}*{name}"
 
@@ -76,9 +80,11 @@ def terms(spec: str) -> list[Term]:
                 "imdb-sentiment + 0.5*rubric:length; quotes keep a name with + or * together"
             )
         name = match[3] or match[4]
+        bounded = _PROBABILITY.fullmatch(match[4] or "")
+        name = bounded[1] if bounded else name
         if function := _function_meant(name):
             raise UserError(f"reward: {name} is {function}")
-        found.append(Term(weight, name))
+        found.append(Term(weight, name, bool(bounded)))
     return found
 
 
@@ -146,6 +152,8 @@ def _numbered(parts: Sequence[RewardPart]) -> Iterator[RewardPart]:
 def _part(
     term: Term, want: str, patterns: Sequence[str], device: str, ground: tuple[Backbone, Stack] | None
 ) -> RewardPart:
+    if term.bounded and (not term.is_model or kind_of(term.name) == "reward"):
+        raise UserError(f"reward: p({term.name}) is a probability, which a sentiment classifier has; write {term.name}")
     if term.is_rubric:
         name = term.name.partition(":")[2]
         if name != STYLE and name not in RUBRIC:
@@ -157,7 +165,8 @@ def _part(
     if kind_of(term.name) == "reward":
         return RewardPart(_called(term.name), learned(RewardModel.load(term.name, device, ground)), term.weight)
     classifier = TextClassifier.load(term.name, device=device)
-    return RewardPart(_called(term.name), log_odds(classifier, want), term.weight, normalise=True)
+    score = probability(classifier, want) if term.bounded else log_odds(classifier, want)
+    return RewardPart(_called(term.name), score, term.weight, normalise=True)
 
 
 def _style(patterns: Sequence[str]) -> Part:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..models.captured import CAPTURED_TOKENS
+from ..ops.graphs import aside, capturing
 from ..ops.masks import UNSEEN
 from .between import Rotary, rotated
 from .choice import BLOCK, Decoding, choose_in_blocks, row_uniforms
@@ -40,7 +41,6 @@ class GraphedDecoder:
         self.step = step
         self.device = step.head.device
         self.capture = capture and self.device.type == "cuda"
-        # What runs once before it is captured runs on the stream of captures: workspaces of libraries belong to one.
         self.stream: Any = torch.cuda.Stream(self.device) if self.capture else None
         self.graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}
         self.slabs: dict[tuple[int, int], Slab] = {}
@@ -155,19 +155,15 @@ class GraphedDecoder:
             return
         with torch.cuda.device(self.device):
             if kind not in self.graphs:
-                self.stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self.stream):
+                with aside(self.stream):
                     body()
-                torch.cuda.current_stream().wait_stream(self.stream)
                 self.graphs[kind] = None
                 return
             graph = self.graphs[kind]
             if graph is None:
                 # The allocator forgets a pool with its last graph, so the handle comes from one that lives.
                 pool = next((other.pool() for other in self.graphs.values() if other), None)
-                graph = torch.cuda.CUDAGraph()
-                # Other threads (a communicator's watchdog, a data loader) may call CUDA meanwhile.
-                with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                with capturing(self.stream, pool) as graph:
                     body()
                 self.graphs[kind] = graph
             graph.replay()
