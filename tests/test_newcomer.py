@@ -433,7 +433,7 @@ def test_a_run_goes_by_its_name_in_every_verb(verb, tmp_path, monkeypatch):
 
     for module in ("adapter_files", "classifier", "stacks", "mix", "export"):
         monkeypatch.setattr(f"peftlab.models.{module}.resolve", seen)
-    for module in ("chat.voices", "recipes.predict", "recipes.preview"):
+    for module in ("chat.voices", "recipes.export", "recipes.predict", "recipes.preview"):
         monkeypatch.setattr(f"peftlab.{module}.resolve", seen)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "A film.", "prompt": "A film"}\n')
