@@ -226,7 +226,7 @@ def test_a_wrong_training_command_is_one_message_and_may_be_mended(line, shop, p
     named = "" if "--run" in line or "--resume" in line else " --run again"
     refused(peftlab(filled(line, shop) + named, **shop), TRAINING[line])
     assert {p.name for p in place.iterdir()} - {"runs", "__pycache__"} == set(FILES)
-    assert {p.name for p in place.glob("runs/*")} <= {"again"}
+    assert not list(place.glob("runs/*")), "what never began is no run"
     assert not RunDir.create(place / "runs", "again", line.split()[0], 'model = "mended"\n').resumed
 
 
@@ -241,6 +241,19 @@ def test_a_dry_run_refuses_what_the_run_would(verb, shop):
     refused(peftlab(filled(f"{verb} {{FILL}} train_data=missing.jsonl --dry-run", shop), **shop), ["missing.jsonl"])
 
 
+@pytest.mark.parametrize("verb", ["ppo", "rloo"])
+@pytest.mark.parametrize(("pair", "words"), [
+    ("reward=nowhere:f", ["no module 'nowhere'"]),
+    ("reward=imdb-sentimnet", ["did you mean imdb-sentiment?"]),
+    ("reward=rubric:lenght", ["rubric:lenght", "length"]),
+    ("reward={changed}", ["adapter_model.safetensors", "sha256"]),
+    ("judge={reward}", ["judge", "independent"]),
+])
+def test_a_dry_run_looks_at_the_reward(verb, pair, words, shop):
+    pairs = tiny.overrides(shop, verb, "reward={reward}".format(**shop), "judge={judge}".format(**shop), pair)
+    refused(peftlab(" ".join([verb, *(f"'{word}'" for word in pairs), "--dry-run"]), **shop), words)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("line", ["sft {FILL} device=cuda", "ppo {FILL} device=cuda:1", "predict {reward} --text a "
                                   "--device cuda", "doctor {gpt2} --device cuda"])
@@ -250,7 +263,7 @@ def test_a_gpu_that_is_not_there(line, shop):
 
 def test_the_mended_command_runs_under_the_same_name(shop, place):
     refused(peftlab(filled("sft {FILL} model=tiny-gtp2 --run mine", shop), **shop), ["tiny-gpt2"])
-    assert json.loads((place / "runs/mine/summary.json").read_text())["status"] == "failed"
+    refused(peftlab(filled("sft {FILL} max_steps=1 --run mine --resume", shop), **shop), ["no run 'mine'", "drop"])
     done = peftlab(filled("sft {FILL} max_steps=1 --run mine --json", shop), **shop)
     assert (done.code, json.loads(done.out)["status"], json.loads(done.out)["run"]) == (0, "done", "mine")
 
@@ -262,6 +275,17 @@ def test_the_mended_command_runs_under_the_same_name(shop, place):
     refused(other, ["is an sft run, not classify"])
     again = peftlab(filled("sft {FILL} max_steps=1 --run mine --resume", shop), **shop)
     assert again.code == 0 and "already done" in again.err
+
+
+def test_a_run_that_is_done_needs_its_data_no_more(shop, place):
+    """A resume of it says that it is done; any other command is told what is not there."""
+    shutil.copy(shop["texts"], "gone.jsonl")
+    line = filled("sft {FILL} max_steps=1 train_data=gone.jsonl --run mine", shop)
+    assert peftlab(line, **shop).code == 0
+    (place / "gone.jsonl").unlink()
+    again = peftlab(f"{line} --resume", **shop)
+    assert again.code == 0 and "already done" in again.err
+    refused(peftlab(line, **shop), ["gone.jsonl: no such file"])
 
 
 @pytest.fixture

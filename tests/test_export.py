@@ -364,13 +364,19 @@ def test_a_card_names_a_base_of_the_hub(out):
     assert data.base_model == "sentence-transformers/all-MiniLM-L6-v2" and data.license == "apache-2.0"
 
 
-def test_a_run_without_an_adapter_says_what_to_give(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_name_without_a_model_is_told_as_by_any_verb(run, monkeypatch):
     for name in ("demo", "demo/sft"):
         fake_runs.sft_run(run.parent, name, steps=2)
-    for name, told in (("demo", "give one of its stages: demo/sft"), ("demo/sft", "--resume ends it")):
-        outcome = peftlab(f"export {name} --as merged --output x")
-        assert outcome.code == 2 and told in outcome.err
+    (run.parent / "demo/reward/adapter").mkdir(parents=True)
+    monkeypatch.chdir(run.parent.parent)
+    for name, told in {
+        "demo": "adapters are in its stages: runs/demo/reward", "demo/sft": "it is a run that left none: `peftlab runs",
+        "tiny-gpt": "no such model, run or folder; did you mean tiny-gpt2?", "runs/dem": "did you mean runs/demo?",
+    }.items():
+        lines = f"export {name} --as merged --output x", f"generate {name}", f"doctor {name}", f"chat {name}"
+        first, *others = [peftlab(line) for line in lines]
+        assert first.code == 2 and told in first.err and others == [first] * 3
+    assert not Path("x").exists()
 
 
 def test_push_says_why_it_does_not(run, monkeypatch):

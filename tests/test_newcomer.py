@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -23,6 +24,7 @@ from commands import peftlab
 from peftlab.config import Config, command_for, to_toml
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import named, resolve
+from peftlab.recipes import sft
 from peftlab.recipes.launch import free_name, launch, stopped
 from peftlab.runs.atomic import read_rows
 from peftlab.runs.progress import Progress, say
@@ -71,15 +73,17 @@ def stop(monkeypatch, verb: str, given: list[str], runs: Path, name: str | None 
 
 
 def test_a_bare_resume_takes_the_run_that_was_stopped(shop, tmp_path, monkeypatch, capsys):
-    """Not the folder that rejected data left behind it afterwards; one left before gives its name to the run."""
+    """Rejected data leaves no run, which could take the name or be met by the resume."""
     good, bad = pairs(shop, "sft"), pairs(shop, "sft", "train_data=missing.jsonl")
     with pytest.raises(UserError, match=r"missing\.jsonl"):
         launch("sft", None, bad, tmp_path)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="no run of sft .* drop --resume"):
         launch("sft", None, bad, tmp_path, resume=True)
     stop(monkeypatch, "sft", good, tmp_path)
     with pytest.raises(UserError, match=r"missing\.jsonl"):
         launch("sft", None, bad, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sft"]
     capsys.readouterr()
     summary = launch("sft", None, good, tmp_path, resume=True)
     assert (summary["run"], summary["status"]) == ("sft", "done")
@@ -153,21 +157,22 @@ def test_the_newest_run_of_the_same_config_is_resumed_before_any_other(tmp_path)
 def test_a_resume_of_a_run_that_left_nothing_says_why_and_what_starts_it(shop, tmp_path, monkeypatch, capsys):
     """It names no other run; as it is told the command starts this one, and with --run a resume does, and says so."""
     monkeypatch.chdir(tmp_path)
-    runs, bad = Path("runs"), pairs(shop, "sft", "train_data=late.jsonl")
+    runs, bad = Path("runs"), pairs(shop, "sft", "seed=5")
     stop(monkeypatch, "sft", pairs(shop, "sft"), runs, "other")
-    with pytest.raises(UserError, match=r"late\.jsonl: no such file"):
-        launch("sft", None, bad, runs, "mine")
-    with pytest.raises(UserError) as refused:
-        launch("sft", None, bad, runs, resume=True)
-    told, command = str(refused.value).split(":\n  ")
-    why = "it failed before its first figure (late.jsonl: no such file)"
-    assert told.endswith(f": mine has nothing to go on from, {why}; drop --resume to start it anew")
-    assert "other" not in told and shlex.split(command) == ["peftlab", "sft", *bad, "--run", "mine"]
-    capsys.readouterr()
-    with pytest.raises(UserError, match=r"late\.jsonl"):
-        launch("sft", None, bad, runs, "mine", resume=True)
-    assert f"mine: has nothing to resume, {why}; this starts it anew\n" in capsys.readouterr().err
-    shutil.copy(shop["texts"], "late.jsonl")
+    with monkeypatch.context() as full:
+        full.setattr(sft, "load_recorded", Mock(side_effect=LabError("the disk is full")))
+        with pytest.raises(LabError, match="the disk is full"):
+            launch("sft", None, bad, runs, "mine")
+        with pytest.raises(UserError) as refused:
+            launch("sft", None, bad, runs, resume=True)
+        told, command = str(refused.value).split(":\n  ")
+        why = "it failed before its first figure (the disk is full)"
+        assert told.endswith(f": mine has nothing to go on from, {why}; drop --resume to start it anew")
+        assert "other" not in told and shlex.split(command) == ["peftlab", "sft", *bad, "--run", "mine"]
+        capsys.readouterr()
+        with pytest.raises(LabError, match="the disk is full"):
+            launch("sft", None, bad, runs, "mine", resume=True)
+        assert f"mine: has nothing to resume, {why}; this starts it anew\n" in capsys.readouterr().err
     again = peftlab(shlex.join([*shlex.split(command)[1:], "--quiet"]))
     assert again.code == 0 and json.loads(Path("runs/mine/summary.json").read_text())["status"] == "done", again.err
 
@@ -297,12 +302,12 @@ def test_what_takes_seconds_says_on_a_terminal_what_it_does(line, told, shop, mo
 
 
 def test_a_terminal_is_told_of_the_loading_before_it_begins():
-    words = ["sft", "model=./nowhere", "--dry-run", "--json"]
+    words = ["ppo", "want=", "--dry-run", "--json"]
     wide = os.environ | {"COLUMNS": "400"}  # so wide that a message is a line
     done = subprocess.run([sys.executable, "-c", START % words], capture_output=True, text=True, env=wide)
     first, second = done.stdout.splitlines()
-    assert first == "loading ... False" and second.startswith("peftlab: model './nowhere'")
-    assert peftlab("sft model=./nowhere --dry-run").err.startswith("peftlab: "), "and nobody else is"
+    assert first == "loading ... False" and second.startswith("peftlab: the command line: want: ")
+    assert peftlab("ppo want= --dry-run").err.startswith("peftlab: "), "and nobody else is"
 
 
 def test_an_unknown_label_names_the_key_of_the_classes(shop, tmp_path):
@@ -428,7 +433,7 @@ def test_a_run_goes_by_its_name_in_every_verb(verb, tmp_path, monkeypatch):
 
     for module in ("adapter_files", "classifier", "stacks", "mix", "export"):
         monkeypatch.setattr(f"peftlab.models.{module}.resolve", seen)
-    for module in ("chat.voices", "recipes.predict", "recipes.preview"):
+    for module in ("chat.voices", "recipes.export", "recipes.predict", "recipes.preview"):
         monkeypatch.setattr(f"peftlab.{module}.resolve", seen)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "A film.", "prompt": "A film"}\n')
@@ -527,6 +532,7 @@ def test_what_takes_long_on_a_cpu_is_told_before_it_begins(monkeypatch):
     told = []
     monkeypatch.setattr("peftlab.recipes.launch.start", lambda *_: (_ for _ in ()).throw(UserError("begun")))
     monkeypatch.setattr("peftlab.recipes.launch.say", told.append)
+    monkeypatch.setattr("peftlab.recipes.declared.check_names", lambda _: None)  # other runs and data are not there
 
     def of(line: str) -> str:
         told.clear()

@@ -92,6 +92,32 @@ def test_a_part_that_is_none_is_refused(line, words):
         reward_of(line, "positive", device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("mine", "reward: mine is a module; name a function of it, mine:FUNCTION"),
+        ("mine.py", "reward: mine.py is a module; name a function of it, mine:FUNCTION"),
+        ("./mine.py", "reward: ./mine.py is a module; name a function of it, mine:FUNCTION"),
+        ("mine.kind", "reward: mine.kind is a function of a module; write a colon before it, mine:kind"),
+        ("lab.mine", "reward: lab.mine is a module; name a function of it, lab.mine:FUNCTION"),
+        ("lab/mine", "reward: lab/mine is a module; name a function of it, lab.mine:FUNCTION"),
+        ("lab/mine.py", "reward: lab/mine.py is a module; name a function of it, lab.mine:FUNCTION"),
+        ("lab.mine.kind", "reward: lab.mine.kind is a function of a module; write a colon before it, lab.mine:kind"),
+    ],
+)
+def test_a_function_that_is_spelled_another_way_is_told_how(name, told, tmp_path, monkeypatch):
+    """What may be a model's name is left alone, as that of a folder with a dot in it."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("mine.py", "lab/mine.py"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text("def kind(prompts, completions, records):\n    return [1.0] * len(completions)\n")
+    with pytest.raises(UserError) as refused:
+        terms(f"imdb-sentiment + 0.5*{name}")
+    assert str(refused.value) == told
+    Path("mine.v2").mkdir()
+    assert [term.is_model for term in terms("mine.v2 + theirs.v2 + OWNER/mine.kind")] == [True] * 3
+
+
 def reward_folder(base: Path, folder: Path, seed: int = 1) -> Path:
     """A reward model with random weights on `base`."""
     backbone, under = load_stack(str(base), device="cpu")

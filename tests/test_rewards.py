@@ -102,7 +102,10 @@ def test_the_users_function_is_found_in_the_working_directory(tmp_path, monkeypa
         "my_house_rewards:long": "has no 'long'$",
         "my_house_rewards:shrot": r"has no 'shrot'; did you mean short\?",
         "my_house_rewards:x": "not a function",
-        "my_house_rewards.py:short": "write a module without .py, my_house_rewards:short",
+        "my_house_rewards.py:short": "write the module as Python imports it, my_house_rewards:short$",
+        "./my_house_rewards.py:short": "as Python imports it, my_house_rewards:short$",
+        "lab/rewards:short": r"as Python imports it, lab\.rewards:short$",
+        f"{tmp_path}/my_house_rewards.py:short": "as Python imports it, my_house_rewards:short$",
         "nowhere_to_be_found:f": "no module 'nowhere_to_be_found'",
     }.items():
         with pytest.raises(UserError, match=words):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.runs import atomic
 from peftlab.runs.checkpoint import write_manifest
 from peftlab.runs.lock import is_locked
-from peftlab.runs.rundir import RunDir, check_name, ended_runs, find_run, list_runs, read_summary
+from peftlab.runs.rundir import RunDir, check_name, ended_runs, find_run, list_runs, read_summary, vacant
 
 CONFIG = 'recipe = "ppo"\nlr = 0.001\n\n[lora]\nr = 16\n'
 
@@ -108,6 +109,43 @@ def test_however_a_run_ends_its_summary_says_so(tmp_path, error, status, reason)
     assert (summary["status"], summary["reason"]) == (status, reason)
     assert summary["metrics"] == {"reward/mean": 2.0, "kl/coef": 0.1}
     assert not is_locked(run.path)
+
+
+def test_of_a_new_run_that_is_refused_before_its_first_figure_nothing_is_left(tmp_path):
+    """But of one that failed, was stopped, was there before, or told the user to look into its folder."""
+    refused, left = UserError("no such file"), []
+    for name, error in {"refused": refused, "failed": LabError("no"), "stopped": Interrupted(signal.SIGINT)}.items():
+        with pytest.raises(type(error)), make(tmp_path, name).session() as run:
+            run.event("roles")
+            raise error
+        left.append(run.path.exists())
+    with pytest.raises(UserError), make(tmp_path, "skipped").session() as run:
+        run.record_skipped("train", [("mine.jsonl:1", "text: empty")])
+        raise refused
+    begun = make(tmp_path, "begun")
+    begun.log({"reward/mean": 1.0}, 1)
+    with pytest.raises(UserError), make(tmp_path, "begun", resume=True).session():
+        raise refused
+    assert left == [False, True, True]
+    assert {path.name for path in tmp_path.iterdir()} == {"failed", "stopped", "skipped", "begun"}
+    assert all(read_summary(path)["status"] in ("failed", "stopped") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("most", range(4))
+def test_a_refusal_that_is_killed_while_it_deletes_leaves_the_name_free(tmp_path, monkeypatch, most):
+    unlink, gone = Path.unlink, []
+
+    def killed(path, **given):
+        gone.append(path)
+        if len(gone) > most:
+            raise KeyboardInterrupt
+        unlink(path, **given)
+
+    run = make(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), run.session():
+        patch.setattr(Path, "unlink", killed)
+        raise UserError("no such file")
+    assert run.path.is_dir() and vacant(run.path), gone
 
 
 def test_a_recipe_that_forgets_its_figures_fails(tmp_path):
@@ -233,7 +271,7 @@ def test_resume_refuses_another_model_of_the_same_name(tmp_path):
 
 
 def test_what_can_be_resumed_has_ended_and_left_work(tmp_path):
-    ended = {"none": UserError("bad data"), "figures": LabError("nan"), "stopped": Interrupted(signal.SIGINT)}
+    ended = {"none": LabError("no such data"), "figures": LabError("nan"), "stopped": Interrupted(signal.SIGINT)}
     for name, error in ended.items():
         run = make(tmp_path, name)
         with pytest.raises(type(error)), run.session():

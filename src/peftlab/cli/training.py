@@ -42,14 +42,16 @@ def _training_verb(verb: str, summary: str, *commands: str) -> None:
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
-        from ..recipes.declared import check_config, refuse_options
+        from ..recipes.declared import check_config, check_names, refuse_options
 
         pairs = list(overrides or [])
         options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("-")]
         refuse_options(verb, [*([config] if config else []), *pairs], options)
         if config is not None and "=" in config and not Path(config).exists():
             pairs, config = [config, *pairs], None
-        check_config(verb, config, pairs)
+        checked = check_config(verb, config, pairs)
+        if not resume:  # of a run that is done, they may be gone
+            check_names(checked)
         _begin(quiet)
         from ..recipes.launch import dry_run as show
         from ..recipes.launch import launch

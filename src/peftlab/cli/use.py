@@ -25,7 +25,7 @@ app = typer.Typer()
 def generate(
     context: typer.Context,
     stack: Annotated[str, typer.Argument(help="a run, model or adapter: a name or a folder")],
-    prompt: Annotated[str | None, typer.Option(help="the text to continue; default: a text of its own")] = None,
+    prompt: Annotated[str, typer.Option(help="the text to continue; default: a text of its own")] = "",
     count: Annotated[int, typer.Option("--count", "-n", help="completions to sample")] = 1,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -42,9 +42,9 @@ def generate(
     from ..models.catalog import named
     from ..recipes.tools import generate_texts
 
-    rows = generate_texts(named(stack), prompt or "", count, max_new_tokens, temperature, top_p, seed, device)
-    if prompt is None:
-        say("generate: no --prompt, so the model began a text of its own; --prompt TEXT gives it one to continue")
+    rows = generate_texts(named(stack), prompt, count, max_new_tokens, temperature, top_p, seed, device)
+    if not prompt:
+        say("generate: no prompt, so the model began a text of its own; --prompt TEXT gives it one to continue")
     if as_json:
         print_value(rows, True)
     else:

@@ -74,6 +74,19 @@ def load_records(
     return RecordSet(records, name, _digest(records), skipped)
 
 
+def require_known(spec: str) -> None:
+    """UserError where a part of `spec` names no data, or a file that is not there; no library, and no Hub is asked."""
+    for part in _parts(spec):
+        path, (name, _, split) = Path(part), part.partition(":")
+        if path.suffix.lower() in READERS:
+            if not path.exists():
+                raise UserError(f"{path}: no such file")
+        elif name == "imdb" and split not in BLOCKS:
+            raise UserError(f"data {part}: imdb has the splits {', '.join(BLOCKS)}; for example imdb:train")
+        elif name != "imdb" and name not in COLUMNS and part != ROTTEN and ("/" not in name or Path(name).exists()):
+            raise UserError(f"data {part}: no such data; give imdb:SPLIT, a Hub dataset's OWNER/NAME, or {OFFLINE}")
+
+
 def same_data(one: str, other: str) -> bool:
     """Whether two specs name the same data, however the paths of their files are spelled."""
     return [*map(_place, _parts(one))] == [*map(_place, _parts(other))]
@@ -122,24 +135,21 @@ def _load_part(
     columns: Mapping[str, str] | None,
     skipped: Skipped | None,
 ) -> list[Record]:
+    require_known(part)
     if Path(part).suffix.lower() in READERS:
         found = ((f"{part}:{line}", row) for line, row in scan_file(Path(part), kind, labels, columns))
         return _usable(found, f"`{_check_command(part, kind, labels, columns)}` lists them all", skipped)
     name, _, split = part.partition(":")
     if name == "imdb":
-        if split not in BLOCKS:
-            raise UserError(f"data {part}: imdb has the splits {', '.join(BLOCKS)}; for example imdb:train")
         return _as_kind(load_block(split), kind, part, labels)
     if name in COLUMNS:
         return joined_records(part, kind)
     if part == ROTTEN:
         return _as_kind(load_block(ROTTEN), kind, part, labels)
-    if "/" in name and not Path(name).exists():
-        split = split or HUB_SPLIT
-        rows = scan_rows(_from_hub(name, split, labels, columns), kind, labels, columns, "row")
-        found = ((f"{name}:{split}: row {number}", row) for number, row in rows)
-        return _usable(found, "columns maps a field to a column", skipped)
-    raise UserError(f"data {part}: no such data; give imdb:SPLIT, a Hub dataset's OWNER/NAME, or {OFFLINE}")
+    split = split or HUB_SPLIT
+    rows = scan_rows(_from_hub(name, split, labels, columns), kind, labels, columns, "row")
+    found = ((f"{name}:{split}: row {number}", row) for number, row in rows)
+    return _usable(found, "columns maps a field to a column", skipped)
 
 
 def _as_kind(rows: Iterable[LabelledText], kind: str, name: str, labels: Sequence[str] | None) -> list[Record]:

@@ -95,6 +95,14 @@ def resolve(name: str) -> Entry:
         return _folder(name, BUNDLED / name, "MIT", "bundled")
     if name and _is_folder(name):
         return _folder(name, Path(name), "unknown", "path")
+    require_known(name)
+    return _from_hub(name)
+
+
+def require_known(name: str) -> None:
+    """UserError where a name is neither one of the lab's nor a folder, and no Hub id; no torch, and no Hub is asked."""
+    if name in known_names() or name and _is_folder(name):
+        return
     run = name.removeprefix("runs/")
     command = "" if _is_run(RUNS / run) else command_for(run)  # a run that is there is hinted at below
     if command or not name or "\0" in name or name.startswith((".", "/", "~", "runs/")):
@@ -104,7 +112,6 @@ def resolve(name: str) -> Entry:
     near = did_you_mean(name, known_names(), 0.75)
     if near and "/" not in name:  # OWNER/NAME is a Hub id, however much it resembles ours
         raise UserError(f"model {name}: no such model, run or folder; {near}")
-    return _from_hub(name)
 
 
 def known_names() -> list[str]:

@@ -18,14 +18,26 @@ from typing import Any, Literal
 from pydantic import Field, create_model
 
 from ..config import ELSEWHERE, Config, keys, load_config
+from ..data import sources
 from ..errors import UserError, did_you_mean
+from ..models import catalog
 
+MODELS = ("model", "judge")  # keys that name a model or an adapter
+DATA = ("train_data", "eval_data", "ood_data", "prompts")
 HOUSE = Path(__file__).resolve().parents[1]
 
 
-def check_config(verb: str, source: str | None, overrides: list[str]) -> None:
+def check_config(verb: str, source: str | None, overrides: list[str]) -> Config:
     """The errors of `load_config` with the verb's config that need nothing but its keys' annotations; no torch."""
-    load_config(declared(verb), source, overrides)
+    return load_config(declared(verb), source, overrides)
+
+
+def check_names(config: Config) -> None:
+    """UserError where a model or data of a config are not there, as far as neither torch nor the Hub is to tell."""
+    for known, keys_of in ((catalog.require_known, MODELS), (sources.require_known, DATA)):
+        for name in (getattr(config, key, "") for key in keys_of):
+            if name:
+                known(name)
 
 
 def refuse_options(verb: str, words: Sequence[str], options: Sequence[str]) -> None:

@@ -84,19 +84,14 @@ def push(root: Path, name: str, repo_id: str, public: bool) -> dict[str, Any]:
 
 
 def _source(root: Path, name: str) -> tuple[str, RunFiles | None]:
-    """What `models.catalog` resolves, and the run that it is of; UserError for a run that left neither."""
+    """What `models.catalog` resolves, and the run that it is of; UserError for a run that left no model."""
     place = named(name, root)
     folder = Path(place)
     of_run = folder.parent if folder.name in ("adapter", "model") else folder
     if not (of_run / "config.toml").is_file():
         return place, None
-    run = read_run(of_run)
-    if not any((of_run / inner).is_dir() for inner in ("adapter", "model")):
-        stages = ", ".join(f"{name}/{file.parent.name}" for file in sorted(of_run.glob("*/config.toml")))
-        status = run.summary["status"]
-        remedy = f"give one of its stages: {stages}" if stages else f"--resume ends it; its status is {status}"
-        raise UserError(f"run {name}: has left no adapter and no model; {remedy}")
-    return place, run
+    resolve(place)
+    return place, read_run(of_run)
 
 
 def _write(source: str, form: str, folder: Path) -> tuple[Stack, bool, float]:

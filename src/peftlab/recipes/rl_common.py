@@ -112,8 +112,12 @@ def policy_base(config: PolicyConfig, run: RunDir) -> tuple[Backbone, Stack]:
 
 def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone, under: Stack) -> Job:
     """Reward, measure, prompts and checkpoint: all of it before training, so that what is not there costs seconds."""
-    ground = replace(backbone, model=roles.model), stack_over(config.model, under, roles.tokenizer)
-    reward = _reward(config, run, ground)
+    reward = _reward(config, roles, backbone, under)
+    for term in terms(config.reward):
+        if term.is_function:
+            note_function(run, "reward", term.name)
+        elif term.is_model:
+            note_model(run, "reward", term.name)
     roles.quicken(merged=True)
     base_hash = roles.frozen_hash()
     run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
@@ -188,10 +192,14 @@ def finish(
 def sizes(
     config: PolicyConfig, roles_on: Callable[[Backbone, Stack], Roles], per_prompt: int = 1
 ) -> dict[str, Any]:
-    """What `--dry-run` prints: sizes of the job, nothing trained. `per_prompt`: completions of a prompt in a step."""
+    """What `--dry-run` prints: sizes of the job, nothing trained. `per_prompt`: completions of a prompt in a step.
+
+    UserError where the run would refuse its model, its reward or its training data.
+    """
     backbone, under = load_stack(config.model, device="cpu")
     longest = longest_prompt(config, backbone.model)
     roles = roles_on(backbone, under)
+    _reward(config.with_(device="cpu"), roles, backbone, under)
     prompts = load_records(config.train_data, "prompts", seed=config.seed).records
     if config.prompt_tokens == WHOLE:
         lengths = map(len, encode([record.prompt for record in prompts], roles.tokenizer))
@@ -230,10 +238,9 @@ def settings_of(kind: type[Settings], config: PolicyConfig, job: Job) -> Setting
     return kind(total_steps=config.steps, ratio_limit=limit, **{name: getattr(config, name) for name in shared})
 
 
-def _reward(config: PolicyConfig, run: RunDir, ground: tuple[Backbone, Stack]) -> Reward:
-    """The reward that the config names, its parts noted in the run; a reward model may join the policy's base."""
-    named = terms(config.reward)
-    adapters = [term.name for term in named if term.is_model]
+def _reward(config: PolicyConfig, roles: Roles, backbone: Backbone, under: Stack) -> Reward:
+    """The reward that the config names; a reward model may join the policy's base."""
+    adapters = [term.name for term in terms(config.reward) if term.is_model]
     if config.judge:
         judge = resolve(config.judge).path.resolve()
         if any(resolve(name).path.resolve() == judge for name in adapters):
@@ -245,13 +252,8 @@ def _reward(config: PolicyConfig, run: RunDir, ground: tuple[Backbone, Stack]) -
         raise UserError(f"reward: {classifier} is a classifier, which looks for the class that `want` names; {remedy}")
     if config.want and not (classifier or config.judge):
         raise UserError("want: neither the reward nor a judge looks for a sentiment; leave it out")
-    reward = reward_of(config.reward, config.want, config.style, config.device, ground)
-    for term in named:
-        if term.is_function:
-            note_function(run, "reward", term.name)
-        elif term.is_model:
-            note_model(run, "reward", term.name)
-    return reward
+    ground = replace(backbone, model=roles.model), stack_over(config.model, under, roles.tokenizer)
+    return reward_of(config.reward, config.want, config.style, config.device, ground)
 
 
 def _normalised(reward: Reward, sampler: Sampler, train: PromptBatch, decoding: Decoding, seed: int) -> Reward:

@@ -95,13 +95,19 @@ class Reward:
         return result
 
 
+def dotted(file: str) -> str:
+    """How Python spells the module in a file, whose path ends in .py or leaves it out; of a file elsewhere its name."""
+    path = Path(file.removesuffix(".py"))
+    return path.name if path.is_absolute() or ".." in path.parts else ".".join(path.parts)
+
+
 def user_function(path: str) -> RewardFunction:
     """`module:function`, looked up on the import path and in the working directory. Raises UserError."""
     module_name, _, function_name = path.partition(":")
     if not (module_name and function_name):
         raise UserError(f"reward {path!r}: expected module:function, for example my_rewards:politeness")
-    if module_name.endswith(".py"):
-        raise UserError(f"reward {path!r}: write a module without .py, {module_name[:-3]}:{function_name}")
+    if (spelled := dotted(module_name)) != module_name:
+        raise UserError(f"reward {path!r}: write the module as Python imports it, {spelled}:{function_name}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

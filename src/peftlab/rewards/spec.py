@@ -23,7 +23,7 @@ from ..models.classifier import TextClassifier
 from ..models.reward_model import RewardModel
 from ..models.stacks import Stack, kind_of
 from .learned import learned
-from .parts import Reward, RewardPart, user_function
+from .parts import Reward, RewardPart, dotted, user_function
 from .rubric import RUBRIC, Part, style
 from .sentiment import log_odds, probability
 
@@ -82,10 +82,30 @@ def terms(spec: str) -> list[Term]:
         name = match[3] or match[4]
         bounded = _PROBABILITY.fullmatch(match[4] or "")
         name = bounded[1] if bounded else name
-        if Path(f"{name}.py").is_file() and not Path(name).exists():
-            raise UserError(f"reward: {name} is a module; name a function of it, {name}:FUNCTION")
+        if function := _function_meant(name):
+            raise UserError(f"reward: {name} is {function}")
         found.append(Term(weight, name, bool(bounded)))
     return found
+
+
+def _function_meant(name: str) -> str:
+    """What a name is, and how to write it, where it is a module's of the working folder or a function's behind a dot.
+
+    Nothing where it may be a model's, or has a colon.
+    """
+    if ":" in name or Path(name).exists() and not name.endswith(".py"):
+        return ""
+    spelled = dotted(name)
+    if _file_of(spelled).is_file():
+        return f"a module; name a function of it, {spelled}:FUNCTION"
+    module, _, function = spelled.rpartition(".")
+    if _file_of(module).is_file():
+        return f"a function of a module; write a colon before it, {module}:{function}"
+    return ""
+
+
+def _file_of(module: str) -> Path:
+    return Path(f"{module.replace('.', '/')}.py")
 
 
 def with_runs(spec: str) -> str:

@@ -256,7 +256,11 @@ class RunDir:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[RunDir]:
-        """Holds the run's lock and heeds SIGINT and SIGTERM. However it ends, summary.json says how."""
+        """Holds the run's lock and heeds SIGINT and SIGTERM. However it ends, summary.json says how.
+
+        But of a new run that a UserError refuses before its first figure nothing is left: it never began. Of one that
+        told of bad rows skipped.jsonl is left, and the summary with it.
+        """
         with locked(self.path), StopSignals() as self._signals:
             if not self.finished:
                 self._open()
@@ -268,6 +272,8 @@ class RunDir:
             except BaseException as error:
                 if self.summary is None:
                     self._end_early(error)
+                    if isinstance(error, UserError) and not self.resumed and self._bare():
+                        self._withdraw()
                 raise
 
     def _open(self) -> None:
@@ -292,6 +298,17 @@ class RunDir:
         with contextlib.suppress(LabError):  # a full disk: the first error is the one to report
             stages = {file.parent.name: read_summary(file) for file in self.path.glob("*/summary.json")}
             self.finish(last, {}, status=status, reason=reason, stages=stages or None)
+
+    def _bare(self) -> bool:
+        """Whether nothing was done yet that anyone may want to read."""
+        return vacant(self.path) and not (self.path / "skipped.jsonl").exists()
+
+    def _withdraw(self) -> None:
+        """Deletes the folder. The summary goes last, so that what is left by a kill, or a full disk, is vacant too."""
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            for file in sorted(self.path.iterdir(), key=lambda file: file.name == "summary.json"):
+                file.unlink()
+            self.path.rmdir()
 
     def finish(
         self,
