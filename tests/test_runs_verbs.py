@@ -20,7 +20,7 @@ from peftlab.runs import progress as progress_lines
 from peftlab.runs.atomic import append_rows
 from peftlab.runs.lock import locked
 from peftlab.runs.panel import Pace, Panel
-from peftlab.runs.progress import Progress, batch_starts, counting, say, watched
+from peftlab.runs.progress import Progress, batch_starts, counting, doing, say, watched
 from peftlab.runs.rundir import RunDir
 
 
@@ -350,7 +350,7 @@ def test_a_job_tells_of_its_first_step_and_from_the_second_on_of_the_time_left(m
 
 
 def test_rows_are_counted_on_a_terminal_until_the_last_one(terminal):
-    """The line gives way to what is said, and is gone in the end; nothing is counted unasked, or in a pipe."""
+    """The line gives way to what is said, and is gone in the end; nothing is counted unasked, or at once in a pipe."""
     screen = terminal()
     with counting():
         for start in batch_starts(10, 4):
@@ -362,6 +362,32 @@ def test_rows_are_counted_on_a_terminal_until_the_last_one(terminal):
     with counting():
         assert list(batch_starts(10, 4)) == [0, 4, 8]
     assert screen.getvalue().endswith("here\n\r     \r") and pipe.getvalue() == ""
+
+
+def test_a_pipe_is_told_every_ten_seconds_what_is_done_and_how_far_it_is(monkeypatch):
+    """Over all loops together: an evaluation may have many short ones."""
+    pipe, clock = io.StringIO(), [100.0]
+    monkeypatch.setattr(sys, "stderr", pipe)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def work(rows: int) -> None:
+        for _ in batch_starts(rows, 1):
+            clock[0] += 4
+
+    doing("loading")
+    work(99)
+    assert pipe.getvalue() == "", "unasked"
+    with counting():
+        work(3)
+        doing("reads 10 rows")
+        work(10)
+        work(2)
+    lines = ["  100%", "  reads 10 rows  30%", "  reads 10 rows  60%", "  reads 10 rows  90%", "  reads 10 rows  100%"]
+    assert pipe.getvalue().splitlines() == lines and not Progress.open
+    monkeypatch.setattr(Progress, "quiet", True)
+    with counting():
+        work(99)
+    assert pipe.getvalue().splitlines() == lines
 
 
 def test_a_line_of_progress_is_no_longer_than_the_terminal(terminal):
