@@ -165,8 +165,8 @@ OTHER = {
     "predict {reward} --text ''": ["--text", "empty"],
     "predict {reward} --text ' \n'": ["--text", "empty"],
     "predict {reward} --input blank.jsonl": ["blank.jsonl:1", "`text` is empty"],
-    "predict {reward} --input missing.jsonl": ["--input missing.jsonl", "no such file"],
-    "predict {reward} --input .": ["--input .", "is a folder"],
+    "predict {reward} --input missing.jsonl": ["missing.jsonl: no such file"],
+    "predict {reward} --input .": [".: cannot be read: is a folder", "JSONL"],
     "predict {reward} --input torn.jsonl": ["torn.jsonl:2", "JSON"],
     "predict {reward} --input list.jsonl": ["list.jsonl:1", "text"],
     "predict {reward} --input empty.jsonl": ["--input empty.jsonl", "no rows", "a line"],
@@ -202,6 +202,12 @@ OTHER = {
     "data check missing.jsonl --for sft": ["missing.jsonl", "no such file"],
     "data check rows.xls --for sft": ["rows.xls", ".jsonl"],
     "data check torn.jsonl --for chat": ["--for chat", "classify"],
+    "data check . --for sft": ["is a folder", "JSONL"],
+    "data check imdb:train --for sft": ["imdb:train", "data of the lab", "peftlab data preview imdb:train --for sft"],
+    "data check imdb-gist:test --for summarize": ["of the lab", "peftlab data preview imdb-gist:test --for summarize"],
+    "data check rotten-tomatoes --for prompts": ["of the lab", "peftlab data preview rotten-tomatoes --for prompts"],
+    "data check owner/name@small:train --for sft": ["Hub", "peftlab data preview owner/name@small:train --for sft"],
+    "data check no/rows.jsonl --for sft": ["no/rows.jsonl: no such file"],
 }
 
 

@@ -29,6 +29,7 @@ from peftlab.config import Config, keys, load_config, shipped_configs
 from peftlab.data.sources import RecordSet
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
+from peftlab.models.classifier import TextClassifier
 from peftlab.recipes import RECIPES, common, load
 from peftlab.recipes.declared import declared, declared_keys
 from peftlab.runs.progress import folded, folded_text, say
@@ -405,6 +406,18 @@ def test_predict_reads_whatever_training_reads(place, shop):
     }.items():
         outcome = peftlab(f"predict {{gpt2}} --input {name}", **shop)
         assert outcome.code == 2 and message in outcome.err, outcome.err
+
+
+def test_predict_names_every_bad_row_before_a_model_loads(place, shop, monkeypatch):
+    monkeypatch.setattr(TextClassifier, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    rows = ['{"text": "A film."}', '{"text": 7}', "", "no json", '{"text": " "}', '{"title": "A film."}']
+    Path("bad.jsonl").write_text("\n".join([*rows, *['{"text": null}'] * 20]))
+    outcome = peftlab("predict imdb-sentiment --input bad.jsonl --output out.jsonl --device cpu")
+    assert (outcome.code, outcome.out, Path("out.jsonl").exists()) == (2, "", False)
+    count, *lines = outcome.err.splitlines()
+    assert count == "peftlab: 24 of 25 rows are not usable:"
+    assert [line.split(": ")[0] for line in lines] == [f"bad.jsonl:{n}" for n in (2, 4, 5, 6, *range(7, 27))]
+    assert all(len(line.split(": ", 1)[1]) > 5 for line in lines)
 
 
 def test_answers_of_predict_are_not_named_as_what_they_are_not(place):

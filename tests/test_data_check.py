@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftlab.data.check import check_file
+from peftlab.data.check import OF_A_KIND, BadRows, check_file
 from peftlab.data.records import (
     KINDS,
     LONGEST,
@@ -407,6 +408,70 @@ def test_what_the_page_on_data_shows_is_what_is_printed(tmp_path, monkeypatch):
         elif named := re.search(r"`([\w-]+\.(?:jsonl|csv))`", before):
             Path(named[1]).write_text(block)
     assert ran >= 5
+
+
+REASON = st.sampled_from([
+    "text: empty", "text: null", "label: missing; the row has 'text'", "label: 7 is not one of 0, 1", "id: 3 is bad",
+])  # each a mistake of its own
+
+
+@given(st.lists(REASON), st.booleans())
+def test_a_pipe_gets_every_bad_row_and_a_terminal_some_of_every_mistake(reasons, fold):
+    bad = BadRows(fold)
+    lines = [line for number, reason in enumerate(reasons) for line in bad.lines(f"f:{number}", reason)]
+    rest = bad.rest("this")
+    assert bad.count == len(reasons)
+    every = [f"f:{number}: {reason}" for number, reason in enumerate(reasons)]
+    if not fold:
+        assert (lines, rest) == (every, [])
+        return
+    assert lines == [line for at, line in enumerate(every) if reasons[:at].count(reasons[at]) < OF_A_KIND]
+    told = re.findall(r"^[.]{3} and (\d+) more rows? like (f:\d+)$", "\n".join(rest), re.M)
+    hidden = {first: int(more) for more, first in told}
+    wanted = {f"f:{reasons.index(reason)}": reasons.count(reason) - OF_A_KIND for reason in reasons}
+    assert hidden == {first: more for first, more in wanted.items() if more > 0}
+    assert rest[len(hidden) :] == ["this lists every bad row"] * bool(hidden)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("label: 'good' is not one of 0, 1", "label: \"it's\" is not one of 0, 1", True),
+        ("label: 4 is not one of 0, 1", "label: 17 is not one of 0, 1", True),
+        ("label: '" + "a" * 56 + "... is not one of 0, 1", "label: 'b' is not one of 0, 1", True),
+        ("id: 'x' is also in line 1", "id: 'y' is also in line 907", True),
+        ("not valid JSON: Expecting value at column 1", "not valid JSON: Expecting value at column 88", True),
+        ("not valid JSON: Expecting value at column 1", "not valid JSON: Extra data at column 1", False),
+        ("text: empty", "label: empty", False),
+        ("text: empty", "text: null", False),
+        ("messages[0].role: 'bot' is not one of", "messages[4].role: 'x' is not one of", True),
+        ("messages[0].role: 'bot' is not one of", "messages[0].content: empty", False),
+    ],
+)
+def test_mistakes_that_differ_in_a_value_only_are_alike(one, other, same):
+    bad = BadRows(fold=True)
+    for reason in (one, other) * OF_A_KIND:
+        bad.lines("f:1", reason)
+    assert len(bad.rest("")) == (2 if same else 0)
+
+
+def test_a_wrong_column_does_not_fill_a_terminal(tmp_path, monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.chdir(tmp_path)
+    Path("r.jsonl").write_text('{"txt": "a"}\n' * 500 + "no json\n" + '{"txt": "a"}\n' * 499)
+    piped = commands.peftlab("data check r.jsonl --for classify")
+    monkeypatch.setattr("commands.io.StringIO", Screen)
+    seen = commands.peftlab("data check r.jsonl --for classify")
+    assert piped.code == seen.code == 2
+    *every, count = piped.out.splitlines()
+    assert len(every) == 1000 and count == "1000 rows, 1000 bad"
+    assert seen.out.splitlines() == [
+        *every[:5], every[500], "... and 994 more rows like r.jsonl:1",
+        "`peftlab data check r.jsonl --for classify | less` lists every bad row", count,
+    ]
 
 
 def test_checking_is_light():

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -308,16 +309,19 @@ def test_what_is_printed_loads_it_without_the_lab(shop, out):
     assert merged.split()[1] == adapted_.split()[1] == "320" and lab == "False"
 
 
-def test_what_is_printed_is_typed_in_the_working_folder(shop, tmp_path, monkeypatch):
-    """What lies below it is named from there, what lies elsewhere by its whole path; either loads."""
-    base, elsewhere = Path(shop["base"]), tmp_path / "exported"
-    monkeypatch.chdir(base.parent)
-    near = export(Path("runs"), shop["sft"], "adapter", base.parent / "near")["load"]
-    assert f"from_pretrained({base.name!r})" in near and near.count("'near'") == 2 and str(base.parent) not in near
-    subprocess.run([sys.executable, "-c", near], check=True, capture_output=True)
-    monkeypatch.chdir(tmp_path)
-    far = export(Path("runs"), shop["sft"], "adapter", elsewhere)["load"]
-    assert f"from_pretrained({str(base)!r})" in far and far.count("'exported'") == 2
+def test_what_is_printed_runs_in_any_folder(shop, tmp_path, monkeypatch):
+    """However base and output were typed."""
+    base = Path(shop["base"])
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(base, tmp_path / "here/base")
+    monkeypatch.chdir(tmp_path / "here")
+    adapted("base", Path("mine"), LoraVariants(r=2))
+    for number, output in enumerate(("near", "./below", "../beside", str(tmp_path / "whole"))):
+        form = ("adapter", "merged")[number % 2]
+        told = export(Path("runs"), "mine", form, Path(output))["load"]
+        subprocess.run([sys.executable, "-c", told], check=True, capture_output=True, cwd=tmp_path / "elsewhere")
+        assert ".." not in told and told.count(f"'{tmp_path}") == (3 if form == "adapter" else 2)
 
 
 @pytest.fixture

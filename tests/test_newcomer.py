@@ -143,7 +143,8 @@ def test_the_newest_run_of_the_same_config_is_resumed_before_any_other(tmp_path)
     with pytest.raises(UserError) as refused:
         free_name(tmp_path, "job", True, Job(size=3))
     assert "has this configuration; drop --resume to start one. Run d can go on with its own" in str(refused.value)
-    assert "differs in size (1 there, 3 now):\n  peftlab job --run d --resume" in str(refused.value)
+    command = f"peftlab job {tmp_path / 'd' / 'config.toml'} --run d --resume"
+    assert f"differs in size (1 there, 3 now):\n  {command}" in str(refused.value)
     for name in "abd":
         shutil.rmtree(tmp_path / name)
     with pytest.raises(UserError, match="can be resumed: none was stopped after its first figure or checkpoint; drop"):

@@ -152,6 +152,16 @@ def test_a_reward_model_joins_the_policy_on_one_base(tmp_path):
     assert torch.equal(roles.policy(ids, mask, 2), roles.reference(ids, mask, 2)), "scoring left the policy in charge"
 
 
+def test_no_reward_model_goes_by_the_name_of_the_sum(tmp_path):
+    """A run of `peftlab reward` is called reward, and so is the stage of a demo."""
+    base = tiny.causal_folder(tmp_path / "gpt2")
+    folders = [reward_folder(base, tmp_path / name / "adapter") for name in ("reward", "demo/reward", "reward-tiny")]
+    line = " + ".join(map(str, folders))
+    total, parts = reward_of(line, "positive", device="cpu")(PROMPTS, ANSWERS, RECORDS)
+    assert list(parts) == ["reward_model", "reward_model-2", "reward-tiny"]
+    assert torch.equal(total, sum(parts.values()))
+
+
 def test_a_second_reward_model_of_a_ground_brings_its_own(tmp_path):
     base = tiny.causal_folder(tmp_path / "gpt2")
     folders = [reward_folder(base, tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]

@@ -67,6 +67,8 @@ def test_state_goes_through_a_checkpoint():
     ready = reward.normalise(PROMPTS, ANSWERS, [None] * 4)
     again = reward.with_state(ready.state())
     assert again == ready != reward
+    older = {f"once {name}": scale for name, scale in ready.state().items()}
+    assert reward.with_state(older) == ready, "of a checkpoint in which a part had another name"
     assert torch.equal(again(PROMPTS, ANSWERS, [0] * 4)[0], ready(PROMPTS, ANSWERS, [0] * 4)[0])
 
 

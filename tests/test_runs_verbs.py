@@ -20,7 +20,7 @@ from peftlab.runs import progress as progress_lines
 from peftlab.runs.atomic import append_rows
 from peftlab.runs.lock import locked
 from peftlab.runs.panel import Pace, Panel
-from peftlab.runs.progress import Progress, batch_starts, counting, say, watched
+from peftlab.runs.progress import Progress, batch_starts, counting, doing, say, watched
 from peftlab.runs.rundir import RunDir
 
 
@@ -52,6 +52,48 @@ def make(root: Path, name: str, error: bool = False, **keys: object) -> RunDir:
     except RuntimeError:
         pass
     return run
+
+
+def test_show_tells_of_one_run_and_what_to_type_next(here):
+    found = json.loads(peftlab("runs show policy --json").out)
+    assert {key: found[key] for key in ("run", "status", "step", "folder")} == {
+        "run": "policy", "status": "done", "step": 1, "folder": "runs/policy"
+    }
+    assert found["metrics"] == {"eval/perplexity": 66.0} and found["intervals"] == {"eval/perplexity": [60.0, 70.0]}
+    assert found["config"].items() >= {"lr": 0.1, "lora.r": 6, "model": "runs/base/adapter"}.items()
+    assert {"adapter/", "checkpoints/", "config.toml", "summary.json"} <= set(found["files"])
+    uses = ["report policy", "chat policy", "export policy --as adapter --output policy-adapter"]
+    assert found["next"] == [f"peftlab {use}" for use in uses]
+    shown = peftlab("runs show runs/policy").out
+    assert shown.startswith("policy: sft, done, ") and re.search(r"eval/perplexity +- +66 +60 to 70", shown)
+    assert all(line in shown for line in (*found["next"], "lora.r", found["folder"])) and "recipe  " not in shown
+
+
+def test_show_leads_from_a_run_that_ended_early_to_its_resume_and_from_a_demo_to_its_stages(here):
+    found = json.loads(peftlab("runs show broken --json").out)
+    assert (found["status"], found["metrics"]) == ("failed", {"train/loss": 2.0})
+    assert found["next"][0] == "peftlab sft runs/broken/config.toml --run broken --resume"
+    assert found["reason"] in peftlab("runs show broken").out
+    begun = RunDir.create(here, "begun", "sft", 'recipe = "sft"\n')
+    with pytest.raises(RuntimeError), begun.session():
+        raise RuntimeError("at once")
+    again = ["peftlab sft runs/begun/config.toml --run begun"]
+    assert json.loads(peftlab("runs show begun --json").out)["next"] == again
+    killed = RunDir.create(here, "killed", "sft", 'recipe = "sft"\n')
+    with locked(killed.path):
+        killed.log({"train/loss": 2.0, "train/lr": 0.5}, 3)
+        live = json.loads(peftlab("runs show killed --json").out)
+    assert (live["status"], live["step"], live["next"]) == ("running", 3, ["peftlab report killed"])
+    assert live["metrics"] == {"train/loss": 2.0, "train/lr": 0.5}
+    assert "last step 3" in peftlab("runs show killed").out
+    fake_runs.demo_run(here)
+    demo = json.loads(peftlab("runs show demo --json").out)
+    assert demo["next"] == [f"peftlab runs show demo/{stage}" for stage in ("classify", "sft", "ppo")]
+    (here / "demo/ppo/summary.json").unlink()
+    resume = "peftlab demo --run demo --resume"
+    assert json.loads(peftlab("runs show demo/ppo --json").out)["next"] == [resume, "peftlab report demo/ppo"]
+    outcome = peftlab("runs show polcy")
+    assert outcome.code == 2 and "did you mean policy?" in outcome.err
 
 
 def there(root: Path) -> set[str]:
@@ -308,7 +350,7 @@ def test_a_job_tells_of_its_first_step_and_from_the_second_on_of_the_time_left(m
 
 
 def test_rows_are_counted_on_a_terminal_until_the_last_one(terminal):
-    """The line gives way to what is said, and is gone in the end; nothing is counted unasked, or in a pipe."""
+    """The line gives way to what is said, and is gone in the end; nothing is counted unasked, or at once in a pipe."""
     screen = terminal()
     with counting():
         for start in batch_starts(10, 4):
@@ -320,6 +362,32 @@ def test_rows_are_counted_on_a_terminal_until_the_last_one(terminal):
     with counting():
         assert list(batch_starts(10, 4)) == [0, 4, 8]
     assert screen.getvalue().endswith("here\n\r     \r") and pipe.getvalue() == ""
+
+
+def test_a_pipe_is_told_every_ten_seconds_what_is_done_and_how_far_it_is(monkeypatch):
+    """Over all loops together: an evaluation may have many short ones."""
+    pipe, clock = io.StringIO(), [100.0]
+    monkeypatch.setattr(sys, "stderr", pipe)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def work(rows: int) -> None:
+        for _ in batch_starts(rows, 1):
+            clock[0] += 4
+
+    doing("loading")
+    work(99)
+    assert pipe.getvalue() == "", "unasked"
+    with counting():
+        work(3)
+        doing("reads 10 rows")
+        work(10)
+        work(2)
+    lines = ["  100%", "  reads 10 rows  30%", "  reads 10 rows  60%", "  reads 10 rows  90%", "  reads 10 rows  100%"]
+    assert pipe.getvalue().splitlines() == lines and not Progress.open
+    monkeypatch.setattr(Progress, "quiet", True)
+    with counting():
+        work(99)
+    assert pipe.getvalue().splitlines() == lines
 
 
 def test_a_line_of_progress_is_no_longer_than_the_terminal(terminal):

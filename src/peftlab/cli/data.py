@@ -54,19 +54,27 @@ def data_check(
     columns: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, where the file's name is another")] = None,
     labels: Annotated[str | None, typer.Option(help="the classes in order, as in negative,neutral,positive")] = None,
 ) -> None:
-    """Check every row of a file in one pass, before any model loads."""
-    from ..data.check import class_names, column_pairs, scan_file
+    """Check every row of a file in one pass, before any model loads.
 
-    rows = bad = 0
-    for line, found in scan_file(Path(file), kind, class_names(labels), column_pairs(columns or [])):
+    A pipe gets a line for every bad row; a terminal the first few of each mistake, and how many more there are.
+    """
+    from ..data.check import BadRows, class_names, column_pairs, scan_file
+    from ..data.sources import check_command, refuse_source
+
+    refuse_source(file, kind)
+    names, mapped = class_names(labels), column_pairs(columns or [])
+    rows, bad = 0, BadRows(fold=sys.stdout.isatty())
+    for line, found in scan_file(Path(file), kind, names, mapped):
         rows += 1
         if isinstance(found, str):
-            bad += 1
-            print(f"{file}:{line}: {found}")
-    print(f"{rows} rows, {bad} bad")
+            for text in bad.lines(f"{file}:{line}", found):
+                print(text)
+    for text in bad.rest(f"`{check_command(file, kind, names, mapped)} | less`"):
+        print(text)
+    print(f"{rows} rows, {bad.count} bad")
     if not rows:
         raise UserError(f"{file}: holds no rows; a job takes one at least")
-    if bad:
+    if bad.count:
         raise typer.Exit(2)
 
 

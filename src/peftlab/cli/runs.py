@@ -9,12 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from .shared import RUNS, Device, Json, cell, examples, loading, print_rows, print_value, short
+from ..runs.progress import folded, folded_text
+from .shared import RUNS, Device, Json, cell, examples, loading, print_figures, print_rows, print_value, short
 
 app = typer.Typer()
 runs_app = typer.Typer(
-    help="List, compare, prune and track the runs below runs/.",
-    epilog=examples("peftlab runs", "peftlab runs diff sft-tiny ppo-tiny", "peftlab runs prune --dry-run"),
+    help="List, show, compare, prune and track the runs below runs/.",
+    epilog=examples(
+        "peftlab runs", "peftlab runs show ppo-tiny", "peftlab runs diff sft-tiny ppo-tiny",
+        "peftlab runs prune --dry-run",
+    ),
     invoke_without_command=True,
 )
 app.add_typer(runs_app, name="runs")
@@ -22,7 +26,7 @@ app.add_typer(runs_app, name="runs")
 
 @runs_app.callback()
 def runs(context: typer.Context, as_json: Json = False) -> None:
-    """List, compare and prune the runs below runs/; without a verb: list."""
+    """List, show, compare and prune the runs below runs/; without a verb: list."""
     if context.invoked_subcommand is None:
         runs_list(as_json)
 
@@ -55,6 +59,34 @@ def _told(row: dict[str, Any]) -> dict[str, str | int | None]:
         "started": minute(str(row["started"] or "")) or None,
         "reason": " ... ".join(lines if len(lines) < 3 else [lines[0], lines[-1]]) or None,
     }
+
+
+@runs_app.command("show", epilog=examples("peftlab runs show ppo-tiny", "peftlab runs show demo/ppo"))
+def runs_show(
+    run: Annotated[str, typer.Argument(help="a run's name below runs/, or its folder")], as_json: Json = False
+) -> None:
+    """Show a run in short: how it ended, the keys you chose, its figures and files, and what to type next."""
+    from ..recipes.show import show_run
+    from ..runs.summary import minute
+
+    found = show_run(RUNS, run)
+    if as_json:
+        print_value(found, True)
+        return
+    seconds, step = found["time"]["wall_s"], found["step"]
+    times = [f"{seconds:.0f} s"] if seconds is not None else []
+    times += [f"last step {cell(step)}"] if step is not None and found["status"] != "done" else []
+    times += [f"began {minute(found['started'])}"] if found["started"] else []
+    print(", ".join([f"{found['run']}: {found['recipe']}", found["status"], *times]))
+    for line in filter(None, (found["reason"], found["alarms"])):
+        print(folded_text(line, sys.stdout))
+    print("\nconfig, where it differs from the defaults" if found["config"] else "\nconfig: all defaults")
+    print_value(found["config"], False)
+    print()
+    print_figures(found)
+    print()
+    print(folded(f"{found['folder']}: {' '.join(found['files'])}", sys.stdout, 2))
+    print("\nnext", *found["next"], sep="\n  ")
 
 
 @runs_app.command("diff", epilog=examples("peftlab runs diff sft-tiny ppo-tiny"))

@@ -52,14 +52,19 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_value(summary, True)
         return
+    print_figures(summary)
+    print(f"\n{summary['run']}: {summary['status']} in {summary['time']['wall_s']:.0f} s; report: "
+          f"{RUNS / summary['run'] / 'report.html'}")
+
+
+def print_figures(summary: dict[str, Any]) -> None:
+    """The figures of a summary beside those from before, with their intervals."""
     rows = [
         {"metric": name, "before": summary["baseline"].get(name), "after": value,
          "95% interval": interval(summary, name)}
         for name, value in summary["metrics"].items()
     ]
     print_rows(rows, False)
-    print(f"\n{summary['run']}: {summary['status']} in {summary['time']['wall_s']:.0f} s; report: "
-          f"{RUNS / summary['run'] / 'report.html'}")
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool, may_go: Sequence[str] = ()) -> None:

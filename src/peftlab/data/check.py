@@ -18,6 +18,8 @@ from .records import FIELDS, KINDS, Missing, Record, fields_of, parse_row, row_i
 # The shapes of a row of `sft`: a mapping that names one means it, whatever other columns are called.
 SHAPES = ({"text"}, {"prompt", "completion"}, {"messages"})
 Found = tuple[int, Record | str]  # a row's line and its record, or the reason why it is bad
+OF_A_KIND = 5  # bad rows that a terminal shows of one and the same mistake
+_VALUES = re.compile(r"""(['"]).*?(?:\1|\.{3})|\d+""")  # what two rows with one mistake differ in: texts, and numbers
 
 
 @dataclass
@@ -27,6 +29,29 @@ class CheckResult:
     rows: int = 0
     records: list[Record] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
+
+
+class BadRows:
+    """Bad rows as lines for a person, `count` of them. With `fold`, for a terminal, a mistake that many rows share is
+    shown of its first few: a wrong column would push every other one off the screen."""
+
+    def __init__(self, fold: bool) -> None:
+        self.count, self._fold = 0, fold
+        self._kinds: dict[str, tuple[str, int]] = {}  # of a mistake: where it is first, and how often
+
+    def lines(self, place: str, reason: str) -> list[str]:
+        """What to show of one more bad row: a line, or nothing."""
+        self.count += 1
+        kind = _VALUES.sub("_", reason) if self._fold else ""
+        first, before = self._kinds.get(kind, (place, 0))
+        self._kinds[kind] = first, before + 1
+        return [] if self._fold and before >= OF_A_KIND else [f"{place}: {reason}"]
+
+    def rest(self, everything: str) -> list[str]:
+        """What to show at the end: how many more there are of each mistake, and that `everything` lists them all."""
+        more = [(first, count - OF_A_KIND) for first, count in self._kinds.values() if self._fold and count > OF_A_KIND]
+        told = [f"... and {count} more row{'s' * (count > 1)} like {first}" for first, count in more]
+        return [*told, f"{everything} lists every bad row"] if told else []
 
 
 def check_file(
@@ -61,6 +86,8 @@ def file_rows(path: Path, suffix: str | None = None) -> Iterator[Row]:
 
     `suffix` stands for that of `path`. Raises UserError where the file itself is unusable.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be read: is a folder; give a JSONL, CSV or Parquet file")
     read = READERS.get(path.suffix.lower() if suffix is None else suffix)
     if read is None:
         raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from .records import LABELS, LabelledText, Prompt, Record, Text, known_labels
 
 Skipped = list[tuple[str, str]]  # (place, reason) of each row left out
 ERRORS_SHOWN = 5
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?")
 HUB_SPLIT = "train"  # of a dataset of the Hub where the spec names none
 OFFLINE = f"imdb:train, {ROTTEN}, or a local {', '.join(READERS)} file"
 
@@ -138,7 +140,7 @@ def _load_part(
     require_known(part)
     if Path(part).suffix.lower() in READERS:
         found = ((f"{part}:{line}", row) for line, row in scan_file(Path(part), kind, labels, columns))
-        return _usable(found, f"`{_check_command(part, kind, labels, columns)}` lists them all", skipped)
+        return _usable(found, f"`{check_command(part, kind, labels, columns)}` lists them all", skipped)
     name, _, split = part.partition(":")
     if name == "imdb":
         return _as_kind(load_block(split), kind, part, labels)
@@ -150,6 +152,17 @@ def _load_part(
     rows = scan_rows(_from_hub(name, split, labels, columns), kind, labels, columns, "row")
     found = ((f"{name}:{split}: row {number}", row) for number, row in rows)
     return _usable(found, "columns maps a field to a column", skipped)
+
+
+def refuse_source(spec: str, kind: str) -> None:
+    """UserError where `spec` is no file to check for `kind`, but data by its name: of the lab, or of the Hub."""
+    name = spec.partition(":")[0]
+    own = name in ("imdb", ROTTEN, *COLUMNS)
+    if Path(spec).exists() or not (own or _HUB_NAME.fullmatch(name) and not Path(name).suffix):
+        return
+    why = "is data of the lab, whose rows are checked" if own else "is no file; on the Hub a job checks what it loads"
+    preview = shlex.join(["peftlab", "data", "preview", spec, "--for", kind])
+    raise UserError(f"{spec}: {why}; `{preview}` shows them")
 
 
 def _as_kind(rows: Iterable[LabelledText], kind: str, name: str, labels: Sequence[str] | None) -> list[Record]:
@@ -167,7 +180,7 @@ def _as_kind(rows: Iterable[LabelledText], kind: str, name: str, labels: Sequenc
     raise UserError(f"data {name}: holds labelled reviews, which do not serve {kind}")
 
 
-def _check_command(
+def check_command(
     file: str, kind: str, labels: Sequence[str] | None, columns: Mapping[str, str] | None
 ) -> str:
     """What to type for a list of every bad row."""

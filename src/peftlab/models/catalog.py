@@ -17,7 +17,7 @@ from ..data.hub import refusal
 from ..data.pull import WHEELS, cache_home, derived
 from ..errors import UserError, did_you_mean
 from ..runs.names import RUNS
-from ..runs.typed import typed
+from ..runs.typed import resuming
 from .personas import persona_files
 
 Kind = Literal["causal", "encoder", "seq2seq", "adapter"]
@@ -201,10 +201,8 @@ def _of_run(path: Path) -> str:
         ended = (path / "summary.json").is_file()
         status = json.loads((path / "summary.json").read_text(encoding="utf-8"))["status"] if ended else "not ended"
         if status in ("stopped", "not ended") and path.parent.resolve() == RUNS.resolve():
-            source = [] if recipe == "demo" else [str(path / "config.toml")]
-            command = typed(recipe, *source, "--run", path.name, "--resume")
             first = "this run was stopped before its end" if ended else "this run has not ended; unless it goes on now"
-            return f"{first}, `{command}` continues it"
+            return f"{first}, `{resuming(path, recipe)}` continues it"
     stages = sorted(str(adapter.parent) for adapter in path.glob("*/adapter"))
     if stages:
         return f"adapters are in its stages: {', '.join(stages)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import tempfile
 from pathlib import Path
@@ -38,9 +39,10 @@ def export(root: Path, name: str, form: str, output: Path) -> dict[str, Any]:
     with full_disk(output), whole_folder(output) as folder:
         stack, is_adapter, difference = _write(source, form, folder)
         options = load_options(stack, folder) if is_adapter else {}
-        made = Export(title, stack, is_adapter, difference, options, _gguf(form, output))
+        made = Export(title, stack, is_adapter, difference, options, _gguf(form, str(output)))
         if form in ("hub-folder", "gguf-ready"):
             write_text(folder / "README.md", card(made, run))
+    whole = os.path.abspath(output)  # what is printed runs wherever it is pasted: a notebook may stand elsewhere
     return {
         "folder": str(output),
         "as": form,
@@ -49,8 +51,8 @@ def export(root: Path, name: str, form: str, output: Path) -> dict[str, Any]:
         "adapters": len(stack.under) + 1 if is_adapter else None,
         "largest_difference": difference,
         "bytes": sum(file.stat().st_size for file in output.iterdir()),
-        "load": usage(made, _near(output), _near(resolve(stack.base).path)),
-        "next": made.command,
+        "load": usage(made, whole, os.path.abspath(resolve(stack.base).path)),
+        "next": _gguf(form, whole),
     }
 
 
@@ -108,15 +110,9 @@ def _write(source: str, form: str, folder: Path) -> tuple[Stack, bool, float]:
     return stack, is_adapter, check_equal(source, folder, stack)
 
 
-def _near(path: Path) -> str:
-    """The path as it is typed in the working folder where it lies below that."""
-    here, whole = Path.cwd(), path.absolute()
-    return str(whole.relative_to(here) if whole.is_relative_to(here) else path)
-
-
-def _gguf(form: str, output: Path) -> str | None:
+def _gguf(form: str, output: str) -> str | None:
     """The command that makes one GGUF file of a folder, from beside a clone of llama.cpp."""
     if form != "gguf-ready":
         return None
     script = "llama.cpp/convert_hf_to_gguf.py"
-    return shlex.join(["python", script, str(output), "--outfile", f"{output}.gguf", "--outtype", "f16"])
+    return shlex.join(["python", script, output, "--outfile", f"{output}.gguf", "--outtype", "f16"])

@@ -16,9 +16,9 @@ from ..runs.launched import rank, world_size
 from ..runs.progress import Progress, say, watched
 from ..runs.rundir import RunDir, differences, ended_runs, vacant
 from ..runs.summary import done_since, outcome
-from ..runs.typed import typed
+from ..runs.typed import resuming, typed
 from ..training.arguments import TrainConfig
-from . import RECIPES, load
+from . import load
 from .several import joined, of_first, opened, require_same_job, require_shares
 from .tasks.config import TaskConfig
 
@@ -163,11 +163,10 @@ def _to_resume(root: Path, config: Config, words: Sequence[str]) -> str:
             raise UserError(_nothing_left(root, run, words))
     if going:
         last = going[-1]
-        source = [str(last / "config.toml")] if recipe in RECIPES else []  # of a demo there is none to give
         raise UserError(
             f"no run of {recipe} in {root} has this configuration; drop --resume to start one. "
             f"Run {last.name} can go on with its own, which differs in {', '.join(differences(texts[last], ours))}:\n"
-            f"  {typed(recipe, *source, '--run', last.name, '--resume')}"
+            f"  {resuming(last, recipe)}"
         )
     busy = [run["run"] for run in alike if run["status"] == "running"]
     why = f"{', '.join(busy)} is still running" if busy else "none was stopped after its first figure or checkpoint"

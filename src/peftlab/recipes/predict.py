@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.check import file_rows, rename_columns
+from ..data.check import BadRows, file_rows, rename_columns
 from ..data.readers import READERS
 from ..data.records import fields_of, row_id
 from ..errors import UserError
@@ -108,38 +109,45 @@ def _score(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[str,
 def _read(
     path: Path, wanted: Mapping[str, tuple[str, ...]], columns: Mapping[str, str] | None
 ) -> list[dict[str, Any]]:
-    """Rows with an id and what is `wanted` of them, strings; UserError naming the first line that lacks it."""
-    if not path.exists():
-        raise UserError(f"--input {path}: no such file")
-    if path.is_dir():
-        raise UserError(f"--input {path}: is a folder; give a JSONL, CSV or Parquet file")
+    """Rows with an id and what is `wanted` of them, strings; UserError naming every line that lacks it."""
     rows: list[dict[str, Any]] = []
+    bad, told = BadRows(fold=sys.stderr.isatty()), []
     suffix = path.suffix.lower()
-    told = suffix in (*READERS, ".tsv")  # else JSON lines: a pipe has a name without one, a file may be rows.2026-11
-    for number, row in file_rows(path, suffix if told else ".jsonl"):
-        given = rename_columns(row, columns) if isinstance(row, dict) else {}
+    known = suffix in (*READERS, ".tsv")  # else JSON lines: a pipe has a name without one, a file may be rows.2026-11
+    for number, (line, row) in enumerate(file_rows(path, suffix if known else ".jsonl")):
         try:
-            if isinstance(row, ValueError):
-                raise row
-            numbered = row_id(given) is None
+            rows.append(_row(row, number, wanted, columns))
         except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        fields = {name: _telling(given, known) for name, known in wanted.items()}
-        found = {name: given.get(field) for name, field in fields.items()}
-        if not all(isinstance(value, str) for value in found.values()):
-            strings = " and ".join(map(_alternatives, wanted.values()))
-            null = next((f"; `{field}` is null" for field in fields.values() if field and given[field] is None), None)
-            first = next(iter(wanted.values()))[0]
-            hint = "" if columns else f"; --columns {first}=COLUMN names another"
-            has = null or (f"; the row has {fields_of(row)}{hint}" if given and "" in fields.values() else "")
-            raise UserError(f"{path}:{number}: expected a row with a string {strings}{has}")
-        blank = next((name for name, value in found.items() if name != MAY_BE_EMPTY and not str(value).strip()), None)
-        if blank is not None:
-            raise UserError(f"{path}:{number}: `{fields[blank]}` is empty; give a text, or take the row out")
-        rows.append({"id": len(rows) if numbered else given["id"], **found})
+            told += bad.lines(f"{path}:{line}", str(error))
+    if bad.count:
+        count = f"{bad.count} of {len(rows) + bad.count} rows are not usable:"
+        raise UserError("\n".join([count, *told, *bad.rest("the command with 2> FILE")]))
     if not rows:
         raise UserError(f"--input {path}: holds no rows; give one JSON object a line, or a CSV or Parquet file")
     return rows
+
+
+def _row(
+    row: Any, number: int, wanted: Mapping[str, tuple[str, ...]], columns: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """What is `wanted` of a row, under its id or else its `number`. Raises ValueError where it lacks something."""
+    if isinstance(row, ValueError):
+        raise row
+    given = rename_columns(row, columns) if isinstance(row, dict) else {}
+    numbered = row_id(given) is None
+    fields = {name: _telling(given, known) for name, known in wanted.items()}
+    found = {name: given.get(field) for name, field in fields.items()}
+    if not all(isinstance(value, str) for value in found.values()):
+        strings = " and ".join(map(_alternatives, wanted.values()))
+        null = next((f"; `{field}` is null" for field in fields.values() if field and given[field] is None), None)
+        first = next(iter(wanted.values()))[0]
+        hint = "" if columns else f"; --columns {first}=COLUMN names another"
+        has = null or (f"; the row has {fields_of(row)}{hint}" if given and "" in fields.values() else "")
+        raise ValueError(f"expected a row with a string {strings}{has}")
+    blank = next((name for name, value in found.items() if name != MAY_BE_EMPTY and not str(value).strip()), None)
+    if blank is not None:
+        raise ValueError(f"`{fields[blank]}` is empty; give a text, or take the row out")
+    return {"id": number if numbered else given["id"], **found}
 
 
 def _telling(row: Mapping[str, Any], fields: tuple[str, ...]) -> str:

@@ -69,7 +69,9 @@ class Reward:
         return {part.name: [part.gain, part.bias] for part in self.parts}
 
     def with_state(self, state: Mapping[str, Sequence[float]]) -> Reward:
-        return Reward(tuple(replace(p, gain=state[p.name][0], bias=state[p.name][1]) for p in self.parts))
+        """These parts scaled as `state` tells, in its order: a checkpoint's may have gone by other names."""
+        scales = zip(self.parts, state.values(), strict=True)
+        return Reward(tuple(replace(part, gain=gain, bias=bias) for part, (gain, bias) in scales))
 
     @staticmethod
     def _raw(part: RewardPart, prompts: Any, completions: Any, records: Any) -> dict[str, Tensor]:

@@ -175,6 +175,7 @@ def _style(patterns: Sequence[str]) -> Part:
 
 
 def _called(name: str) -> str:
-    """The name of an adapter's part, which a metric bears: a folder's own, or its run's."""
+    """The name of an adapter's part, which a metric bears: a folder's own, or its run's; not that of the sum."""
     path = Path(name).resolve()
-    return path.parent.name if path.name == "adapter" else path.name
+    called = path.parent.name if path.name == "adapter" else path.name
+    return "reward_model" if called == "reward" else called

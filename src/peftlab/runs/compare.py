@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,9 @@ def diff_runs(one: Path, other: Path) -> dict[str, Any]:
     """{"runs": two names, "config": rows of key, a, b that differ, "metrics": rows of metric, a, b, their intervals}.
 
     A key that a config lacks, and a figure that a run did not measure, is None. Runs still under way have no figures.
-    Of a run that ended early none of the evaluation counts: the last one in its log is of the model before the job.
     """
     runs = [outcome(folder) for folder in (one, other)]
-    for run in runs:
-        if run["status"] != "done":
-            run["metrics"] = {name: value for name, value in run["metrics"].items() if not name.startswith(EVALUATION)}
+    runs = [run | {"metrics": measured(run)} for run in runs]
     configs = [read_config(folder) for folder in (one, other)]
     keys = [*configs[0], *(key for key in configs[1] if key not in configs[0])]
     names = [*runs[0]["metrics"], *(name for name in runs[1]["metrics"] if name not in runs[0]["metrics"])]
@@ -37,6 +35,13 @@ def diff_runs(one: Path, other: Path) -> dict[str, Any]:
             for name in names
         ],
     }
+
+
+def measured(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a summary. Of a run that ended early none of the evaluation counts: the last one in its log is of
+    the model before the job."""
+    figures, done = summary["metrics"], summary["status"] == "done"
+    return {name: value for name, value in figures.items() if done or not name.startswith(EVALUATION)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class Progress:
     """Shows on standard error how far a job of `total` steps is; nothing where `quiet`.
 
     `open`: what stands on the terminal is to be redrawn, a line without its end or the panel `drawn`, with the cursor
-    below it. `run`: name and folder of the run under way, which has a panel. `counting`: whether batches are counted.
+    below it. `run`: name and folder of the run under way, which has a panel. `counting`: whether batches are counted,
+    of what `doing` said, and when a pipe was last `told` of them.
     """
 
     open: ClassVar[bool] = False
@@ -39,6 +40,8 @@ class Progress:
     drawn: ClassVar[str] = ""
     run: ClassVar[tuple[str, Path] | None] = None
     counting: ClassVar[bool] = False
+    doing: ClassVar[str] = ""
+    told: ClassVar[float] = 0.0
 
     def __init__(self, total: int) -> None:
         self.total, self.pace = total, Pace(total)
@@ -81,8 +84,8 @@ def watched(name: str, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
-    """While the block runs, loops over `batch_starts` say on a terminal how far they are; nothing in a pipe."""
-    Progress.counting = sys.stderr.isatty() and not Progress.quiet
+    """While the block runs, loops over `batch_starts` tell how far they are."""
+    Progress.counting, Progress.doing, Progress.told = not Progress.quiet, "", time.monotonic()
     try:
         yield
     finally:
@@ -90,13 +93,22 @@ def counting() -> Iterator[None]:
 
 
 def batch_starts(total: int, size: int) -> Iterator[int]:
-    """Where each batch of `total` rows starts. A line tells the share that is done, and goes with the last batch."""
+    """Where each batch of `total` rows starts. A line tells the share that is done, and goes with the last batch.
+
+    In a pipe, where no line goes, one comes every ten seconds, with what was said to be `doing`.
+    """
+    live = sys.stderr.isatty()
     for start in range(0, total, size):
         yield start
         if not Progress.counting:
             continue
-        Progress.open = start + size < total
-        _write(f"\r  {(start + size) / total:.0%}" if Progress.open else f"\r{'':5}\r")
+        share = f"{min(1, (start + size) / total):.0%}"
+        if live:
+            Progress.open = start + size < total
+            _write(f"\r  {share}" if Progress.open else f"\r{'':5}\r")
+        elif time.monotonic() - Progress.told >= EVERY_S:
+            Progress.told = time.monotonic()
+            _write(f"  {'  '.join(filter(None, (Progress.doing, share)))}\n")
 
 
 def say(message: str) -> None:
@@ -117,7 +129,8 @@ def say(message: str) -> None:
 
 
 def doing(what: str) -> None:
-    """Says on a terminal what the next seconds go to; nothing in a pipe."""
+    """Says on a terminal what the next seconds go to; in a pipe with the first count of them, if it comes to one."""
+    Progress.doing = sanitize(what)
     if sys.stderr.isatty() and not Progress.quiet:
         say(f"{what} ...")
 

@@ -18,6 +18,14 @@ def typed(*words: str) -> str:
     return shlex.join([_program(), *words])
 
 
+def resuming(folder: Path, recipe: str, again: bool = False) -> str:
+    """The command that goes on with the run in `folder`, a stage with its demo's; `again` starts it anew instead."""
+    if (folder.parent / "config.toml").is_file():
+        folder, recipe = folder.parent, "demo"
+    source = [] if recipe == "demo" else [str(folder / "config.toml")]  # of a demo there is none to give
+    return typed(recipe, *source, "--run", folder.name, *([] if again else ["--resume"]))
+
+
 def _program() -> str:
     ours = Path(sys.argv[0])
     if ours.name != "peftlab" or not ours.is_file():  # as a module, or within another program
