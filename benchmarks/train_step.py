@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peer", action="store_true")
     given = parser.parse_args()
-    steps = given.steps or {"cpu": 9, "cuda": 33}[given.device]
+    steps = {"cpu": 9, "cuda": 33}[given.device] if given.steps is None else given.steps
     if steps <= WARM_UP:
         parser.error(f"--steps: {WARM_UP} warm up and are not counted; give more")
     for what in ("sft", "classify"):

@@ -108,6 +108,13 @@ def test_a_softmax_hides_no_number_that_is_not_finite(dtype):
         assert found.isfinite().tolist() == [False, False, True]
 
 
+def test_a_token_beyond_the_words_has_no_log_probability(dtype):
+    kernels, tokens = kernels_of(DEVICE, dtype), torch.tensor([-1, 5, 6, 900], device=DEVICE)
+    assert kernels is not None
+    logprobs, *others = kernels.softmax(drawn(4, 8, dtype=dtype), tokens, 1.0, 6, False)
+    assert logprobs.isfinite().tolist() == [False, True, False, False] and all(x.isfinite().all() for x in others)
+
+
 def test_log_probabilities_and_their_gradients_are_those_of_the_logits(dtype):
     states, head = drawn(40, 64, dtype=dtype) / 8, drawn(1003, 64, dtype=dtype, seed=1)
     tokens = torch.arange(40, device=DEVICE)

@@ -161,6 +161,26 @@ def test_log_probabilities_from_states_are_those_of_the_logits(rows, words, temp
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_rounded_gradients_leave_every_number_but_the_gradients(tiny_causal, architecture):
+    found = []
+    for gradients in (torch.float32, torch.bfloat16):
+        model, tokenizer = tiny_causal(architecture)
+        torch.manual_seed(0)
+        roles = Roles(Backbone("tiny", model, tokenizer, ""), Lora(r=3, alpha=8))
+        for parameter in (roles.policy_parameters() | roles.critic_parameters()).values():
+            nn.init.normal_(parameter, std=0.3)
+        roles.quicken(merged=True, gradients=gradients)
+        read = roles.policy_tokens(IDS, MASK, 3, 0.7)
+        learned = list((roles.policy_parameters() | roles.critic_parameters()).values())
+        made = torch.autograd.grad(read[0].sum() + read[2].square().sum(), learned)
+        found.append((read, roles.reference_logprobs(IDS, MASK, 3), torch.cat([part.flatten() for part in made])))
+    (read, reference, exact), (same, as_well, rounded) = found
+    assert all(map(torch.equal, read, same)) and torch.equal(reference, as_well)
+    assert not torch.equal(exact, rounded), "they went another way"
+    assert (exact - rounded).norm() < 2e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_tokens_are_read_the_same_with_and_without_logits(tiny_causal, architecture):
     model, tokenizer = tiny_causal(architecture)
     roles = Roles(Backbone("tiny", model, tokenizer, ""), Lora(r=3, alpha=8))

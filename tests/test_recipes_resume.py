@@ -29,7 +29,7 @@ LONG = {
     "classify": ["max_steps=16", "batch_size=4", "lora.dropout=0.1", "save_every=6"],
     "summarize": ["max_steps=16", "beams=1", "save_every=6"],
     "pretrain": ["max_steps=16", "max_length=16", "save_every=6"],
-    "ppo": ["steps=6", "reward=gate:count", "kl_target=1.0", "critic=adapter", "save_every=2"],
+    "ppo": ["steps=6", "reward=gate:count", "kl_target=1.0", "critic=adapter", "gradients=bfloat16", "save_every=2"],
 }
 STOPS = {"sft": (3, 13), "classify": (3, 13), "summarize": (3, 13), "pretrain": (9,), "ppo": (1, 4, 6)}
 

@@ -25,7 +25,7 @@ from peftlab.ops.advantages import leave_one_out
 from peftlab.ops.kl import exact_kl
 from peftlab.ops.logprobs import entropy, token_logprobs
 from peftlab.ops.losses import rloo_policy_loss
-from peftlab.recipes import ppo, rloo
+from peftlab.recipes import ppo, rl_common, rloo
 from peftlab.recipes.launch import launch
 from peftlab.rl.control import AdaptiveKL, FixedKL
 from peftlab.rl.rloo import RLOOSettings, RLOOTrainer
@@ -394,6 +394,13 @@ def test_what_cannot_work_is_one_message_before_training(shop, tmp_path, pair, m
     with pytest.raises(UserError, match=message):
         go(shop, tmp_path, pair.format(**shop))
     assert not (tmp_path / "rloo" / "metrics.jsonl").exists()
+
+
+def test_rounded_gradients_are_a_cpus(shop, tmp_path, monkeypatch):
+    elsewhere = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(kind="causal")
+    monkeypatch.setattr(rl_common, "load_stack", lambda *_, **__: elsewhere)
+    with pytest.raises(UserError, match="gradients: bfloat16 is for a CPU, and this is cuda; leave it out"):
+        go(shop, tmp_path, "gradients=bfloat16")
 
 
 def test_the_keys_that_both_share_are_called_alike_and_the_shipped_configs_sample_as_much():

@@ -73,7 +73,7 @@ def roles_of(causal, architecture: str, critic: str = "shared", merged: bool = F
     roles.quicken(merged)
     assert (roles.merged is not None) == merged
     layers = [module for module in roles.model.modules() if isinstance(module, QuickLora)]
-    assert layers and roles.split_head is not None and all(layer.split is not None for layer in layers)
+    assert layers and roles.quick_head is not None and all(layer.split is not None for layer in layers)
     return roles
 
 
@@ -107,7 +107,7 @@ def test_split_products_change_neither_what_is_read_nor_what_is_learned(tiny_cau
         return [logprobs, entropies, values, roles.reference_logprobs(IDS, MASK, 3, 0.7), *gradients]
 
     ours = read()
-    roles.split_head = roles.merged = None
+    roles.quick_head = roles.merged = None
     for module in roles.model.modules():
         if isinstance(module, QuickLora):
             module.split = None
@@ -144,7 +144,7 @@ def test_a_decode_by_split_products_follows_the_weights(tiny_causal, monkeypatch
 def test_what_is_not_plain_float32_is_not_split(tiny_causal, split, monkeypatch):
     roles = roles_of(tiny_causal, "gpt2")
     monkeypatch.setattr(SplitWeight, "__call__", lambda *_: pytest.fail("was split"))
-    roles.split_head = None
+    roles.quick_head = None
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         for names in ((), ("policy",)):
             activate(roles.model, *names)
@@ -156,5 +156,5 @@ def test_what_is_not_plain_float32_is_not_split(tiny_causal, split, monkeypatch)
 def test_a_cpu_multiplies_float32(tiny_causal):
     roles = Roles(Backbone("tiny", *tiny_causal("gpt2"), ""), Lora(r=3))
     split_products(roles.model)
-    assert roles.split_head is None
+    assert roles.quick_head is None
     assert all(module.split is None for module in roles.model.modules() if isinstance(module, QuickLora))

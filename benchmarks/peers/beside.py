@@ -49,6 +49,7 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, help="completions of a step; 64 on a CPU, else 256")
     parser.add_argument("--tokens", type=int, help="of a completion; 24 on a CPU, else 64")
     parser.add_argument("--pass-tokens", type=int, default=0, help="of our passes, at most; 0: as suits the device")
+    parser.add_argument("--gradients", choices=["float32", "bfloat16"], default="float32", help="ours, on a CPU")
     return parser
 
 
@@ -60,7 +61,8 @@ def jobs_of(given: argparse.Namespace, algorithm: str, reward: str = "function")
         raise SystemExit(f"--batch {batch}: give a multiple of {SAMPLES}, above {PASS} one of {PASS}")
     epochs = (given.epochs or epochs) if algorithm == "ppo" else 1
     for model in given.model or MODELS[given.device]:
-        yield Job(algorithm, given.device, model, prompt, batch, tokens, epochs, reward, given.pass_tokens)
+        ours = given.pass_tokens, given.gradients
+        yield Job(algorithm, given.device, model, prompt, batch, tokens, epochs, reward, *ours)
 
 
 class Side:

@@ -31,7 +31,7 @@ def roles_of(job: Job) -> tuple[Roles, ScoreFunction]:
     model = quicken_layers(policy_of(job)).to(job.device).requires_grad_(False).eval()
     backbone = Backbone(job.model, model, tokenizer, "")
     roles = Roles(backbone, LORA, "shared" if job.algorithm == "ppo" else "none")
-    roles.quicken(merged=True)
+    roles.quicken(merged=True, gradients=getattr(torch, job.gradients))
     if job.reward == "function":
         return roles, lambda prompts, completions, records: (torch.tensor(reward_of(completions)), {})
     net = RewardNet.fresh(replace(backbone, model=roles.model), LORA).requires_grad_(False)
@@ -60,7 +60,8 @@ def run(job: Job, answers: Answers) -> None:
     count = job.batch if job.algorithm == "ppo" else job.batch // SAMPLES
     prompts = PromptBatch([ids] * count, [text] * count, [None] * count)
     held = {"bytes": trainer.roles.bytes_per_role()} if job.reward == "model" else {}
-    answers(dtype=dtype_of(trainer.roles), **held)
+    rough = f", gradients {job.gradients}" if job.gradients != "float32" else ""
+    answers(dtype=dtype_of(trainer.roles) + rough, **held)
     while True:
         rollout, stats, _ = trainer.step(prompts)
         if int(rollout.completion_mask.sum()) != job.batch * job.tokens:

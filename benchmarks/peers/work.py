@@ -36,7 +36,7 @@ class Job:
     """A step: `batch` completions of exactly `tokens` tokens, on prompts of `prompt` tokens, `epochs` over them.
 
     `algorithm`: ppo, rloo or grpo. `reward`: "function", of Python and cheap, or "model", a reward model of each
-    side's own kind. `pass_tokens`: of our passes, 0 for as many as suit the device.
+    side's own kind. `pass_tokens`: of our passes, 0 for as many as suit the device; `gradients`: our key of that name.
     """
 
     algorithm: str
@@ -48,6 +48,7 @@ class Job:
     epochs: int = 1
     reward: str = "function"
     pass_tokens: int = 0
+    gradients: str = "float32"
 
 
 def tokenizer_of(job: Job) -> Any:

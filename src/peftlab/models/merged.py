@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .adapters import lora_layers
-from .graphs import capturing
+from .graphs import aside, capturing
 from .packed import matrix, packed_of
 from .quick_lora import Merged, QuickLora
 
@@ -72,8 +72,11 @@ class MergedPolicy:
         """Merge again. Hundreds of small kernels: called once, then captured, then replayed."""
         if self.graph is not None:
             self.graph.replay()
-        elif self.stream is None or not self.begun:
+        elif self.stream is None:
             self._merge()
+        elif not self.begun:
+            with aside(self.stream):
+                self._merge()
         else:
             with capturing(self.stream) as graph:
                 self._merge()

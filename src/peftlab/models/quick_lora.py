@@ -41,6 +41,13 @@ def split_products(model: nn.Module) -> None:
             module.split = SplitWeight(matrix(base), base.bias, rows)
 
 
+def round_gradients(model: nn.Module, dtype: torch.dtype) -> None:
+    """From now on the gradients of what goes into the `QuickLora` of a frozen float32 model are products in `dtype`."""
+    for module in model.modules():
+        if isinstance(module, QuickLora):
+            module.gradient_dtype = dtype
+
+
 @dataclass
 class Merged:
     """A layer's weight (E, D) with the adapter in it, and the same in parts: what the layer multiplies by while this
@@ -62,6 +69,7 @@ class QuickLora(Linear):
 
     split: SplitWeight | None = None
     merged_weight: Merged | None = None
+    gradient_dtype: torch.dtype | None = None  # by default that of the gradient
     _rounded: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -212,4 +220,5 @@ class _Frozen(torch.autograd.Function):
 
 def _before(gradient: Tensor, layer: QuickLora) -> Tensor:
     """The gradient (..., D) of a frozen layer's input, of that (..., E) of what it gives."""
-    return gradient @ layer.weight_in(gradient.dtype)
+    dtype = layer.gradient_dtype or gradient.dtype
+    return (gradient.to(dtype) @ layer.weight_in(dtype)).to(gradient.dtype)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops.logprobs import entropy, state_logprobs, token_logprobs
+from ..ops.logprobs import Quick, RoundedSlopes, entropy, state_logprobs, token_logprobs
 from ..ops.split import SplitHead, SplitWeight, splits_pay
 from .adapter_files import load_adapter
 from .adapters import PolicyLora, activate, adapter_parameters, attach, lora_layers, only
@@ -34,7 +34,7 @@ from .heads import ScalarHead
 from .lean import attend_in_full, keep_less
 from .merged import MergedPolicy, merge
 from .packed import packable
-from .quick_lora import split_products
+from .quick_lora import round_gradients, split_products
 from .reward_model import CriticStart
 
 POLICY, VALUE = "policy", "value"
@@ -76,22 +76,27 @@ class Roles:
         if critic == "adapter":
             self._learned[VALUE] = list(adapter_parameters(self.model, VALUE).values())
         activate(self.model, POLICY)
-        self.split_head: SplitHead | None = None
+        self.quick_head: Quick | None = None
         self.captured: CapturedStates | None = None
         self.merged: MergedPolicy | None = None
 
-    def quicken(self, merged: bool = False) -> None:
+    def quicken(self, merged: bool = False, gradients: torch.dtype = torch.float32) -> None:
         """For training by reinforcement, from now on: attention to short rows in fewer kernels.
 
         And on CUDA: float32 products in parts, and passes from graphs, which keep less. These fill `.grad` by
         themselves: of what they make no gradient can be asked by torch.autograd.grad. `merged`: the policy's multiply
         by the weights that the sampler reads; `moved` is to be called whenever the adapter is written to.
+        `gradients`, of a CPU: the dtype in which gradients go through the frozen weights.
         """
         base = self.model.get_base_model()
         known = capturable(base)
         if known:  # another class might ask an attention for more than ours gives
             attend_in_full(base)
             attend_in_full(self.twin)
+        if gradients != torch.float32:
+            round_gradients(self.model, gradients)
+            if self.unembedding is not None:
+                self.quick_head = RoundedSlopes(self.unembedding, gradients)
         if not splits_pay(self.device) or self.captured is not None:
             return
         split_products(self.model)
@@ -104,9 +109,9 @@ class Roles:
         if merged and known and packable(self.twin):
             stream = self.captured.stream if self.captured is not None else None
             self.merged = MergedPolicy(self.model, POLICY, self.twin, stream)
-            self.split_head = self.merged.packed.split_head
+            self.quick_head = self.merged.packed.split_head
         else:
-            self.split_head = SplitHead(self.unembedding)
+            self.quick_head = SplitHead(self.unembedding)
 
     def moved(self) -> None:
         """The policy's adapter was written to: passes that read it merged merge it again first."""
@@ -126,7 +131,8 @@ class Roles:
     def _parts(self) -> list[SplitWeight]:
         """What multiplies in parts."""
         layers = lora_layers(self.model).values()
-        return [part for part in (self.split_head, *(getattr(layer, "split", None) for layer in layers)) if part]
+        held = self.quick_head, *(getattr(layer, "split", None) for layer in layers)
+        return [part for part in held if isinstance(part, SplitWeight)]
 
     @property
     def shared_head(self) -> ScalarHead | None:
@@ -228,7 +234,7 @@ class Roles:
             return logprobs, entropies, states
         where = where or counted.nonzero(as_tuple=True)  # before the pass: it asks the device
         states = self._states(ids, mask, keep, role)
-        found = state_logprobs(states[where], self.unembedding, tokens[where], temperature, self.split_head)
+        found = state_logprobs(states[where], self.unembedding, tokens[where], temperature, self.quick_head)
         nothing = torch.zeros(counted.shape, device=ids.device)
         logprobs, entropies = (nothing.index_put(where, part) for part in found)
         return logprobs, entropies, states

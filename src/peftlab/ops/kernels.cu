@@ -164,7 +164,9 @@ extern "C" __global__ void softmax(T* logits, const long long* tokens, float* lo
     __shared__ float shared[32];
     T* own = logits + (long long)blockIdx.x * width;
     const int first = 4 * threadIdx.x, next = 4 * blockDim.x;
-    const float heat = (float)temperature, chosen = wider(own[tokens[blockIdx.x]]) / heat;
+    const float heat = (float)temperature;
+    const long long token = tokens[blockIdx.x];  // what is no word gets NaN
+    const float chosen = token >= 0 && token < words ? wider(own[token]) / heat : __int_as_float(0x7fc00000);
     float highest = -3.0e38f, total = 0, weighted = 0;  // `weighted`: of exp(x - highest) (x - highest)
     for (int i = first; i < width; i += next) {
         float4 x = heated(own, i, words, heat);

@@ -74,14 +74,14 @@ class Kernels:
         self, logits: Tensor, tokens: Tensor, temperature: float, words: int, kept: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """log p of tokens (N,), the entropies, and the sums of exp(logit - the row's highest), each (N,) float32, of
-        logits (N, W) over a temperature, of whose columns the first `words` count.
+        logits (N, W) over a temperature, of whose columns the first `words` count; NaN of a token that is none of them.
 
         Where `kept`, each logit makes way for its exp.
         """
         assert logits.dtype == self.dtype and logits.is_contiguous() and fitting(logits)
         assert tokens.dtype == torch.long and tokens.is_contiguous() and tokens.shape == logits.shape[:1]
         rows, width = logits.shape
-        found = torch.empty(3, rows, device=self.device)
+        found = torch.empty(3, rows, dtype=torch.float32, device=self.device)
         given = logits, tokens, *found, width, words, int(kept), float(temperature)
         self._launch(self._known["softmax"], (rows, 1, 1), THREADS, 0, *given)
         logprobs, entropies, totals = found

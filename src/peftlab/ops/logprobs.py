@@ -19,6 +19,20 @@ from .split import AlignedHead, SplitHead, in_tf32
 BLOCK = {"cpu": 2**21, "cuda": 2**26, "mps": 2**26}
 
 
+class RoundedSlopes:
+    """The head (V, D) as it is for logits, and as a `weight` of `dtype` for their gradient in the states."""
+
+    def __init__(self, head: Tensor, dtype: torch.dtype) -> None:
+        self.head, self.weight = head.detach(), head.detach().to(dtype)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits (N, V) of states (N, D)."""
+        return states @ self.head.t()
+
+
+Quick = SplitHead | AlignedHead | RoundedSlopes
+
+
 def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature)[token]. (B, T, V), (B, T) -> (B, T), float32.
 
@@ -41,12 +55,13 @@ def state_logprobs(
     head: Tensor,
     token_ids: Tensor,
     temperature: float = 1.0,
-    quick: SplitHead | AlignedHead | None = None,
+    quick: Quick | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and `entropy` of the logits states head^T, (N,) and (N,), float32; those are never all there.
 
     states (N, D); head (V, D), which gets no gradient; token_ids (N,); `quick`: the head in parts, or
-    with rows for a multiple of 8 words, to make the logits by. The gradient in the states,
+    with rows for a multiple of 8 words, to make the logits by, or rounded, for the gradient alone. The gradient in the
+    states,
 
         d log p(y) / d h = (W_y - sum_v p_v W_v) / temperature,
 

@@ -166,7 +166,7 @@ class AlignedHead:
     def __call__(self, states: Tensor) -> Tensor:
         """Logits (N, W) of states (N, D); words beyond V have no chance."""
         logits = states.to(self.weight.dtype) @ self.weight.t()
-        logits[:, self.words :] = NEVER
+        logits[:, self.words :] = max(NEVER, torch.finfo(logits.dtype).min)
         return logits
 
 

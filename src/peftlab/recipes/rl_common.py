@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -66,6 +66,9 @@ class PolicyConfig(TaskConfig):
     warmup_steps: int = Field(5, ge=0)
     clip: float = Field(0.2, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    gradients: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype in which they go through the frozen weights; bfloat16 is for a CPU that has it"
+    )
     eos_penalty: float = 0.0
     epoch_kl_stop: float = Field(0.02, description="nats a token from the sampling policy at which a step's epochs end")
     kl_coef: float = Field(0.1, ge=0)
@@ -105,6 +108,8 @@ def policy_base(config: PolicyConfig, run: RunDir) -> tuple[Backbone, Stack]:
         raise UserError(
             f"model {config.model}: a {under.kind}; {config.recipe} needs a causal language model or its adapter"
         )
+    if config.gradients != "float32" and backbone.device.type != "cpu":
+        raise UserError(f"gradients: {config.gradients} is for a CPU, and this is {backbone.device.type}; leave it out")
     longest_prompt(config, backbone.model)
     note_model(run, "model", config.model, backbone.fingerprint)
     return backbone, under
@@ -118,7 +123,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
             note_function(run, "reward", term.name)
         elif term.is_model:
             note_model(run, "reward", term.name)
-    roles.quicken(merged=True)
+    roles.quicken(merged=True, gradients=getattr(torch, config.gradients))
     base_hash = roles.frozen_hash()
     run.event("roles", **{f"{role}_bytes": size for role, size in roles.bytes_per_role().items()})
     tokenizer, longest = roles.tokenizer, longest_prompt(config, roles.model)
