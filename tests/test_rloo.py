@@ -405,7 +405,7 @@ def test_rounded_gradients_are_a_cpus(shop, tmp_path, monkeypatch):
 
 def test_the_keys_that_both_share_are_called_alike_and_the_shipped_configs_sample_as_much():
     own = {"samples_per_prompt", "scale_by_std", "length_normaliser"}
-    critics = {"critic", "critic_lr", "critic_warmup", "gamma", "lam", "value_clip", "value_coef"}
+    critics = {"critic", "critic_lr", "critic_warmup", "lam", "value_clip", "value_coef"}
     assert set(keys(rloo.CONFIG)) - own == set(keys(ppo.CONFIG)) - critics
     tinies = load_config(rloo.CONFIG, "rloo-tiny"), load_config(ppo.CONFIG, "ppo-tiny")
     episodes = [c.steps * c.prompts_per_step * getattr(c, "samples_per_prompt", 1) for c in tinies]

@@ -124,7 +124,7 @@ def test_diff_shows_the_keys_that_differ_and_the_figures(here):
 
 
 def test_diff_of_different_recipes_shows_what_both_have_and_counts_the_rest(here):
-    run = RunDir.create(here, "other", "ppo", 'recipe = "ppo"\nlr = 0.2\nclip = 0.2\ngamma = 1.0\n\n[lora]\nr = 4\n')
+    run = RunDir.create(here, "other", "ppo", 'recipe = "ppo"\nlr = 0.2\nclip = 0.2\nlam = 1.0\n\n[lora]\nr = 4\n')
     with run.session():
         run.finish({"eval/perplexity": 50.0, "eval/judge": 0.5}, {})
     shown = peftlab("runs diff policy other").out.splitlines()
@@ -141,7 +141,7 @@ def test_diff_of_different_recipes_shows_what_both_have_and_counts_the_rest(here
         "only in b: 2 keys, 1 figure (--json names them)",
     ]
     keys = {row["key"] for row in json.loads(peftlab("runs diff policy other --json").out)["config"]}
-    assert keys >= {"model", "reward", "clip", "gamma"}
+    assert keys >= {"model", "reward", "clip", "lam"}
 
 
 def test_diff_takes_no_figure_of_the_model_before_the_job_for_a_result(here):
@@ -410,7 +410,11 @@ def test_a_panel_reads_only_whole_rows_and_survives_their_absence(tmp_path, term
     assert re.search(r"train/loss +3.25 +4.5", shown)
 
 
-def test_quiet_is_an_option_of_the_verbs_that_train(monkeypatch):
+def test_quiet_is_an_option_of_the_verbs_that_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "preferences").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "preferences" / f"preferences-{part}.jsonl").touch()
     summary = {"run": "x", "status": "done", "metrics": {}, "baseline": {}, "intervals": {}, "time": {"wall_s": 1}}
     seen = []
     monkeypatch.setattr("peftlab.recipes.launch.launch", lambda *_: seen.append(Progress.quiet) or summary)

@@ -31,7 +31,6 @@ class PPOConfig(PolicyConfig):
     )
     critic_lr: float = Field(1e-3, gt=0)
     critic_warmup: int = Field(0, ge=0, description="first steps that train the critic alone")
-    gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
     value_clip: float = Field(0.2, gt=0)
     value_coef: float = Field(0.1, ge=0)
