@@ -115,7 +115,10 @@ def explanations() -> list[Job]:
 
 
 def continuations() -> list[Job]:
-    """SmolLM2 on IMDb: a reward model of pairs that `imdb-sentiment` ranks; PPO, RLOO, DPO towards praise."""
+    """SmolLM2 on IMDb: a reward model of pairs that `imdb-sentiment` ranks; PPO, RLOO, DPO towards praise.
+
+    ppo-p: by the probability of praise and not its log-odds; half the steps reach its plateau.
+    """
     pairs = "train_data=RUNS/pairs/preferences-train.jsonl eval_data=RUNS/pairs/preferences-test.jsonl"
     shape = "model=RUNS/sft prompt_tokens=[2,8] max_new_tokens=48 eval_prompts=750 lora.r=16 lora.alpha=32"
     steered = f"{shape} steps=200 kl_target=5 kl_stop=12"
@@ -130,6 +133,8 @@ def continuations() -> list[Job]:
     for seed in range(5):
         if seed < 3:
             jobs.append(Job(f"rloo-s{seed}", f"rloo rloo-tiny {steered} {rloo} seed={seed}", ("sft",)))
+            bounded = f"{steered.replace('=200', '=100')} {ppo} reward=p(imdb-sentiment)"
+            jobs.append(Job(f"ppo-p-s{seed}", f"ppo ppo-tiny {bounded} seed={seed}", ("sft",)))
             for beta in (0.5, 0.7):
                 dpo = f"{shape} {pairs} max_length=64 beta={beta} epochs=2 lr=1e-4"
                 jobs.append(Job(f"dpo-{beta}-s{seed}", f"dpo dpo-tiny {dpo} seed={seed}", ("pairs",)))
