@@ -310,9 +310,9 @@ class RunDir:
 
         The summary outlives the config, and the lock all else: nobody may take the folder while files go from it.
         """
-        last = ["config.toml", "summary.json", LOCK]
+        last = {"config.toml": 1, "summary.json": 2, LOCK: 3}
         with contextlib.suppress(OSError):  # the first error is the one to report
-            for file in sorted(self.path.iterdir(), key=lambda file: last.index(file.name) if file.name in last else -1):
+            for file in sorted(self.path.iterdir(), key=lambda file: last.get(file.name, 0)):
                 file.unlink()
             self.path.rmdir()
 
