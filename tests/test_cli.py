@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from peftlab import cli
 from peftlab.cli.runs import runs_list
 from peftlab.cli.shared import print_rows
-from peftlab.config import Config, keys, load_config, shipped_configs
+from peftlab.config import Config, keys, load_config, shipped_configs, to_toml
 from peftlab.data.sources import RecordSet
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
@@ -148,6 +148,11 @@ def refused(cls: type[Config], pair: str) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_the_defaults_read_off_the_source_are_those_of_the_config(verb):
+    assert tomllib.loads(to_toml(declared(verb)())) == tomllib.loads(to_toml(load(verb).CONFIG()))
 
 
 @pytest.mark.parametrize("verb", RECIPES)

@@ -15,7 +15,9 @@ import pytest
 from commands import peftlab
 
 from peftlab.cli import runs as verbs
+from peftlab.config import load_config, to_toml
 from peftlab.errors import Interrupted
+from peftlab.recipes import RECIPES, load
 from peftlab.runs import progress as progress_lines
 from peftlab.runs.atomic import append_rows
 from peftlab.runs.lock import locked
@@ -94,6 +96,20 @@ def test_show_leads_from_a_run_that_ended_early_to_its_resume_and_from_a_demo_to
     assert json.loads(peftlab("runs show demo/ppo --json").out)["next"] == [resume, "peftlab report demo/ppo"]
     outcome = peftlab("runs show polcy")
     assert outcome.code == 2 and "did you mean policy?" in outcome.err
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_show_tells_no_key_that_nobody_chose(recipe, here):
+    for name, pairs in (("plain", []), ("own", ["seed=7", "lr=0.25"])):
+        text = to_toml(load_config(load(recipe).CONFIG, None, pairs))
+        RunDir.create(here, name, recipe, text).finish({}, {})
+        chosen = json.loads(peftlab(f"runs show {name} --json").out)["config"]
+        assert chosen == ({"lr": 0.25, "seed": 7} if pairs else {})
+
+
+def test_show_tells_no_keys_of_a_demo(here):
+    fake_runs.demo_run(here)
+    assert json.loads(peftlab("runs show demo --json").out)["config"] == {}
 
 
 def there(root: Path) -> set[str]:
@@ -414,6 +430,7 @@ def test_quiet_is_an_option_of_the_verbs_that_train(monkeypatch):
     summary = {"run": "x", "status": "done", "metrics": {}, "baseline": {}, "intervals": {}, "time": {"wall_s": 1}}
     seen = []
     monkeypatch.setattr("peftlab.recipes.launch.launch", lambda *_: seen.append(Progress.quiet) or summary)
+    monkeypatch.setattr("peftlab.recipes.declared.check_names", lambda _: None)  # the pairs are not there
     monkeypatch.setattr(Progress, "quiet", False)
     for words in ("sft --quiet", "ppo", "reward --quiet --json"):
         assert peftlab(words).code == 0

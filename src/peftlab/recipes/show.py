@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
+from ..config import to_toml
 from ..report.read import RunFiles, read_run, stage_folders
 from ..report.recorded import read_recorded
 from ..report.watch import alarms_of, in_short
@@ -57,8 +59,10 @@ def _last(run: RunFiles) -> dict[str, float | None]:
 
 
 def _chosen(recipe: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a config that differ from its recipe's defaults: what a person chose."""
-    defaults = flat(declared(recipe).model_construct().model_dump(warnings=False)) if recipe in RECIPES else {}
+    """The keys of a config that differ from its recipe's defaults: what a person chose, so nothing of a demo's."""
+    if recipe not in RECIPES:
+        return {}
+    defaults = flat(tomllib.loads(to_toml(declared(recipe)())))  # as a config's file has them: a list for a tuple
     return {key: value for key, value in config.items() if key != "recipe" and value != defaults.get(key)}
 
 
