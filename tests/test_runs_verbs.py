@@ -17,7 +17,7 @@ from commands import peftlab
 from peftlab.cli import runs as verbs
 from peftlab.config import load_config, to_toml
 from peftlab.errors import Interrupted
-from peftlab.recipes import RECIPES, load
+from peftlab.recipes import RECIPES, demo, load
 from peftlab.runs import progress as progress_lines
 from peftlab.runs.atomic import append_rows
 from peftlab.runs.lock import locked
@@ -96,6 +96,40 @@ def test_show_leads_from_a_run_that_ended_early_to_its_resume_and_from_a_demo_to
     assert json.loads(peftlab("runs show demo/ppo --json").out)["next"] == [resume, "peftlab report demo/ppo"]
     outcome = peftlab("runs show polcy")
     assert outcome.code == 2 and "did you mean policy?" in outcome.err
+
+
+def test_show_tells_no_resume_that_would_not_find_the_run(here, tmp_path, monkeypatch):
+    """--run looks below ./runs: not from a demo's own folder, nor for runs of another place."""
+    fake_runs.demo_run(here)
+    (here / "demo/ppo/summary.json").unlink()
+    for name in ("broken", str(here / "broken"), "runs/broken", "./runs/demo/ppo"):
+        assert json.loads(peftlab(f"runs show {name} --json").out)["next"][0].endswith(" --resume")
+    monkeypatch.chdir(here / "demo")
+    assert json.loads(peftlab("runs show ppo --json").out)["next"] == ["peftlab report ppo"]
+    monkeypatch.chdir(tmp_path.parent)
+    elsewhere = (here / "broken").relative_to(Path.cwd())
+    assert json.loads(peftlab(f"runs show {elsewhere} --json").out)["next"] == [f"peftlab report {elsewhere}"]
+
+
+def test_show_tells_in_how_many_processes_a_run_is_resumed(here):
+    assert "\nnext\n" in peftlab("runs show broken").out
+    for name in ("broken", "base"):
+        file = here / name / "environment.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "processes": 2}))
+    assert "\nnext; launch the resume in 2 processes, as the run began\n" in peftlab("runs show broken").out
+    assert "\nnext\n" in peftlab("runs show base").out
+
+
+@pytest.mark.parametrize(("stages", "option"), [(demo.STAGES, ""), (demo.FULL, "--full ")])
+def test_the_resume_of_a_demo_is_of_the_same_stages(stages, option, here):
+    config = demo.DemoConfig(stages=tuple(stage.name for stage in stages))
+    run = RunDir.create(here, "whole", "demo", to_toml(config))
+    with pytest.raises(RuntimeError), run.session():
+        make(here, "whole/sft", error=True)
+        raise RuntimeError("no")
+    for name in ("whole", "whole/sft"):
+        told = json.loads(peftlab(f"runs show {name} --json").out)["next"]
+        assert told[0] == f"peftlab demo {option}--run whole --resume"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
