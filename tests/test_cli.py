@@ -420,9 +420,12 @@ def test_predict_names_every_bad_row_before_a_model_loads(place, shop, monkeypat
     outcome = peftlab("predict imdb-sentiment --input bad.jsonl --output out.jsonl --device cpu")
     assert (outcome.code, outcome.out, Path("out.jsonl").exists()) == (2, "", False)
     count, *lines = outcome.err.splitlines()
-    assert count == "peftlab: 24 of 25 rows are not usable:"
+    assert count == "peftlab: bad.jsonl: 24 of 25 rows are not usable:"
     assert [line.split(": ")[0] for line in lines] == [f"bad.jsonl:{n}" for n in (2, 4, 5, 6, *range(7, 27))]
     assert all(len(line.split(": ", 1)[1]) > 5 for line in lines)
+    Path("bad.jsonl").write_text("\n".join([*rows[:1], *rows[-2:-1]]))
+    assert peftlab("predict imdb-sentiment --input bad.jsonl").err == "peftlab: bad.jsonl:2: `text` is empty; give a " \
+        "text, or take the row out\n"
 
 
 def test_answers_of_predict_are_not_named_as_what_they_are_not(place):
