@@ -242,6 +242,27 @@ def test_a_wrong_command_is_one_message(line, shop, place):
     assert {p.name for p in place.iterdir()} == set(FILES)
 
 
+@pytest.mark.parametrize(("line", "words"), [
+    ("sft {long}", []),
+    ("sft train_data={long}", ["no such data"]),
+    ("sft model={long} --dry-run", ["no name there"]),
+    ("ppo reward={long}", []),
+    ("ppo reward={long}+{long}", []),
+    ("data check {long} --for sft", ["shorter"]),
+    ("serve {long}+rubric:ended", ["shorter"]),
+    ("runs show {long}", ["shorter"]),
+    ("predict imdb-sentiment --input {long}.jsonl", ["shorter"]),
+])
+def test_a_name_that_is_too_long_for_a_file_is_one_message(line, words):
+    refused(peftlab(line, long="x" * 256), ["x" * 256, *words])
+
+
+def test_data_joined_by_plus_may_be_a_long_line(shop):
+    joined = "+".join([shop["texts"]] * 20)
+    outcome = peftlab(filled(f"sft train_data={joined} {{FILL}} train_data={joined} --dry-run --quiet", shop), **shop)
+    assert len(joined) > 255 and outcome.code == 0, outcome.err
+
+
 @pytest.mark.parametrize("verb", RECIPES)
 def test_a_dry_run_refuses_what_the_run_would(verb, shop):
     refused(peftlab(filled(f"{verb} {{FILL}} train_data=missing.jsonl --dry-run", shop), **shop), ["missing.jsonl"])

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from peftlab import cli
 from peftlab.cli.runs import runs_list
 from peftlab.cli.shared import print_rows
-from peftlab.config import Config, keys, load_config, shipped_configs
+from peftlab.config import Config, keys, load_config, shipped_configs, to_toml
 from peftlab.data.sources import RecordSet
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.models.catalog import CONVERTED, known_names
@@ -148,6 +148,11 @@ def refused(cls: type[Config], pair: str) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("verb", RECIPES)
+def test_the_defaults_read_off_the_source_are_those_of_the_config(verb):
+    assert tomllib.loads(to_toml(declared(verb)())) == tomllib.loads(to_toml(load(verb).CONFIG()))
 
 
 @pytest.mark.parametrize("verb", RECIPES)
@@ -415,9 +420,12 @@ def test_predict_names_every_bad_row_before_a_model_loads(place, shop, monkeypat
     outcome = peftlab("predict imdb-sentiment --input bad.jsonl --output out.jsonl --device cpu")
     assert (outcome.code, outcome.out, Path("out.jsonl").exists()) == (2, "", False)
     count, *lines = outcome.err.splitlines()
-    assert count == "peftlab: 24 of 25 rows are not usable:"
+    assert count == "peftlab: bad.jsonl: 24 of 25 rows are not usable:"
     assert [line.split(": ")[0] for line in lines] == [f"bad.jsonl:{n}" for n in (2, 4, 5, 6, *range(7, 27))]
     assert all(len(line.split(": ", 1)[1]) > 5 for line in lines)
+    Path("bad.jsonl").write_text("\n".join([*rows[:1], *rows[-2:-1]]))
+    assert peftlab("predict imdb-sentiment --input bad.jsonl").err == "peftlab: bad.jsonl:2: `text` is empty; give a " \
+        "text, or take the row out\n"
 
 
 def test_answers_of_predict_are_not_named_as_what_they_are_not(place):

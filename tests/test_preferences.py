@@ -318,6 +318,7 @@ def test_the_card_names_the_command_that_builds_the_same(shop, tmp_path):
     ("--scorer {gpt2}", ["not a classifier"]),
     ("--scorer {root}/praise+rubric:label", ["rubric:label", "has no label"]),
     ("--scorer {root}/praise+rubric:length --want label", ["--want label", "one classifier"]),
+    ("--scorer 'p({root}/praise)' --want label", ["--want label", "without weight or p()"]),
     ("--scorer 2*", ["is no part"]),
     ("--prompt-tokens 3", ["--prompt-tokens 3", "LOW,HIGH"]),
     ("--prompt-tokens 5,2", ["--prompt-tokens"]),

@@ -171,3 +171,21 @@ def test_a_rejected_input_leaves_nothing_that_a_bare_resume_takes_up(tmp_path):
     assert list(read_rows(tmp_path / "runs/mine/metrics.jsonl")) == []
     with pytest.raises(UserError, match="no run of sft in .* can be resumed"):
         launch("sft", None, tiny.overrides(shop, "sft"), tmp_path / "runs", resume=True)
+
+
+def test_a_refusal_that_cannot_be_withdrawn_is_still_the_error_that_is_told(tmp_path, monkeypatch):
+    """The disk fails halfway, so that what is left is no run to report of."""
+    from peftlab.recipes.launch import launch
+
+    unlink = Path.unlink
+
+    def fails(path, **given):
+        if path.name == "summary.json" and path.exists():
+            raise OSError(5, "Input/output error")
+        unlink(path, **given)
+
+    monkeypatch.setattr(Path, "unlink", fails)
+    shop = {name: str(tmp_path / name) for name in ("gpt2", "texts", "texts_test")}
+    with pytest.raises(UserError, match="no such folder"):
+        launch("sft", None, tiny.overrides(shop, "sft"), tmp_path / "runs", "mine")
+    assert (tmp_path / "runs/mine/summary.json").is_file() and not (tmp_path / "runs/mine/config.toml").exists()

@@ -16,6 +16,7 @@ from peftlab.errors import UserError
 from peftlab.models.adapter_files import load_stack
 from peftlab.models.adapters import Lora
 from peftlab.models.backbone import load_backbone
+from peftlab.models.classifier import TextClassifier
 from peftlab.models.reward_model import RewardModel, RewardNet
 from peftlab.models.roles import Roles
 from peftlab.models.stacks import Stack, stack_over
@@ -34,13 +35,19 @@ def test_a_line_is_read_as_it_is_written(parts, plus):
     assert terms(plus.join(name for _, name in parts)) == [Term(1.0, name) for _, name in parts]
 
 
-ODD_NAMES = st.sampled_from(["a+b", "2*c", " d", "e 'f'", 'g"h"'])
+ODD_NAMES = st.sampled_from(["a+b", "2*c", " d", "e 'f'", 'g"h"', "p(i)", "p(j", "k)", "p()"])
 
 
-@given(st.lists(st.tuples(st.floats(-100, 100), NAMES | ODD_NAMES), min_size=1))
+@given(st.lists(st.tuples(st.floats(-100, 100), NAMES | ODD_NAMES, st.booleans()), min_size=1))
 def test_a_part_is_spelled_as_it_is_read(parts):
     found = [Term(*part) for part in parts]
     assert terms(" + ".join(map(str, found))) == found
+
+
+@pytest.mark.parametrize("line", ["p(a)", "p( a )", " p(a) ", "p('a')", 'p( "a" )'])
+def test_a_probability_is_of_the_name_inside(line):
+    assert terms(line) == [Term(1.0, "a", bounded=True)]
+    assert terms(f"-2 * {line}+b") == [Term(-2.0, "a", bounded=True), Term(1.0, "b")]
 
 
 def test_runs_in_a_line_go_by_their_names(tmp_path, monkeypatch):
@@ -51,6 +58,7 @@ def test_runs_in_a_line_go_by_their_names(tmp_path, monkeypatch):
         (tmp_path / "runs" / name / "config.toml").touch()
     assert with_runs("1e16*mine + a") == "1e16*runs/mine + a"
     assert with_runs("0.5*mine+ rubric:length + 'a+b'") == '0.5*runs/mine + rubric:length + "a+b"'
+    assert with_runs("p(mine) + 'p(mine)'") == "p(runs/mine) + \"p(mine)\""
     for line in ("imdb-sentiment +2*rubric:length", "mine:score", "'runs/mine'", "./mine"):
         assert with_runs(line) == line
 
@@ -85,6 +93,9 @@ def test_parts_of_the_rubric_and_functions_add_up(tmp_path, monkeypatch):
         ("rubric:style", "no pattern"),
         ("tiny-gpt2", "not a classifier"),
         ("nowhere:f", "nowhere"),
+        ("p(rubric:length)", "p\\(rubric:length\\) is a probability.*write rubric:length"),
+        ("p(nowhere:f)", "p\\(nowhere:f\\) is a probability.*write nowhere:f"),
+        ("p(tiny-gpt2)", "not a classifier"),
     ],
 )
 def test_a_part_that_is_none_is_refused(line, words):
@@ -160,6 +171,37 @@ def test_no_reward_model_goes_by_the_name_of_the_sum(tmp_path):
     total, parts = reward_of(line, "positive", device="cpu")(PROMPTS, ANSWERS, RECORDS)
     assert list(parts) == ["reward_model", "reward_model-2", "reward-tiny"]
     assert torch.equal(total, sum(parts.values()))
+
+
+def test_no_part_goes_by_the_name_of_the_sum_nor_by_that_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("sums.py").write_text("def reward(p, c, r):\n    return [1.0] * len(c)\n")
+    base = tiny.causal_folder(tmp_path / "gpt2")
+    folders = [reward_folder(base, tmp_path / name) for name in ("runs/a", "other/a", "runs/a-2")]
+    line = " + ".join(["sums:reward", "sums:reward", *map(str, folders)])
+    reward = reward_of(line, "positive", device="cpu")
+    total, parts = reward(PROMPTS, ANSWERS, RECORDS)
+    assert list(parts) == ["reward_function", "reward_function-2", "a", "a-2", "a-2-2"]
+    assert torch.equal(total, sum(parts.values()))
+    assert reward.with_state(reward.state()) == reward
+
+
+def test_a_classifiers_probability_is_bounded_where_its_log_odds_are_not():
+    both = reward_of("p(imdb-sentiment) + imdb-sentiment", "negative", device="cpu")
+    _, parts = both(PROMPTS, ANSWERS, RECORDS)
+    classifier = TextClassifier.load("imdb-sentiment", device="cpu")
+    table = classifier.probabilities([p + c for p, c in zip(PROMPTS, ANSWERS, strict=True)])
+    assert list(parts) == ["p-imdb-sentiment", "imdb-sentiment"]
+    torch.testing.assert_close(parts["p-imdb-sentiment"], table[:, classifier.labels.index("negative")])
+    torch.testing.assert_close(parts["p-imdb-sentiment"], parts["imdb-sentiment"].sigmoid())
+    assert all(part.normalise for part in both.parts)
+
+
+def test_a_reward_model_has_no_probability(tmp_path):
+    folder = reward_folder(tiny.causal_folder(tmp_path / "gpt2"), tmp_path / "mine")
+    with pytest.raises(UserError, match=f"is a probability, which a sentiment classifier has; write {folder}"):
+        reward_of(f"p({folder})", "positive", device="cpu")
 
 
 def test_a_second_reward_model_of_a_ground_brings_its_own(tmp_path):

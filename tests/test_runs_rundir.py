@@ -15,7 +15,7 @@ import pytest
 from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.runs import atomic
 from peftlab.runs.checkpoint import write_manifest
-from peftlab.runs.lock import is_locked
+from peftlab.runs.lock import LOCK, is_locked
 from peftlab.runs.rundir import RunDir, check_name, ended_runs, find_run, list_runs, read_summary, vacant
 
 CONFIG = 'recipe = "ppo"\nlr = 0.001\n\n[lora]\nr = 16\n'
@@ -131,7 +131,26 @@ def test_of_a_new_run_that_is_refused_before_its_first_figure_nothing_is_left(tm
     assert all(read_summary(path)["status"] in ("failed", "stopped") for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("most", range(4))
+def test_a_refusal_deletes_no_folder_that_was_there_before_it(tmp_path):
+    """An earlier run that failed, which the command replaces; an empty folder; one behind a link."""
+    failed, empty, behind = (tmp_path / name for name in ("failed", "empty", "behind"))
+    with pytest.raises(LabError), make(tmp_path, "failed").session():
+        raise LabError("no")
+    (failed / "report.html").touch()
+    before = {path.name for path in failed.iterdir()}
+    empty.mkdir()
+    behind.mkdir()
+    (tmp_path / "link").symlink_to(behind)
+    for name in ("failed", "empty", "link"):
+        with pytest.raises(UserError), make(tmp_path, name).session():
+            raise UserError("no GPU")
+    assert {path.name for path in failed.iterdir()} == before and "config.toml" in before
+    assert empty.is_dir() and (tmp_path / "link").is_symlink() and behind.is_dir()
+    assert all(read_summary(tmp_path / name)["reason"] == "no GPU" for name in ("failed", "empty", "link"))
+    assert all(vacant(tmp_path / name) for name in ("failed", "empty", "link"))
+
+
+@pytest.mark.parametrize("most", range(5))
 def test_a_refusal_that_is_killed_while_it_deletes_leaves_the_name_free(tmp_path, monkeypatch, most):
     unlink, gone = Path.unlink, []
 
@@ -145,7 +164,10 @@ def test_a_refusal_that_is_killed_while_it_deletes_leaves_the_name_free(tmp_path
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), run.session():
         patch.setattr(Path, "unlink", killed)
         raise UserError("no such file")
-    assert run.path.is_dir() and vacant(run.path), gone
+    assert (run.path / LOCK).is_file() and vacant(run.path), gone
+    with pytest.raises(UserError), make(tmp_path).session():
+        raise UserError("no such file")
+    assert run.path.exists() == (most < 4), "what had only the lock left is as new"
 
 
 def test_a_recipe_that_forgets_its_figures_fails(tmp_path):

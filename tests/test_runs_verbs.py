@@ -15,7 +15,9 @@ import pytest
 from commands import peftlab
 
 from peftlab.cli import runs as verbs
+from peftlab.config import load_config, to_toml
 from peftlab.errors import Interrupted
+from peftlab.recipes import RECIPES, demo, load
 from peftlab.runs import progress as progress_lines
 from peftlab.runs.atomic import append_rows
 from peftlab.runs.lock import locked
@@ -94,6 +96,54 @@ def test_show_leads_from_a_run_that_ended_early_to_its_resume_and_from_a_demo_to
     assert json.loads(peftlab("runs show demo/ppo --json").out)["next"] == [resume, "peftlab report demo/ppo"]
     outcome = peftlab("runs show polcy")
     assert outcome.code == 2 and "did you mean policy?" in outcome.err
+
+
+def test_show_tells_no_resume_that_would_not_find_the_run(here, tmp_path, monkeypatch):
+    """--run looks below ./runs: not from a demo's own folder, nor for runs of another place."""
+    fake_runs.demo_run(here)
+    (here / "demo/ppo/summary.json").unlink()
+    for name in ("broken", str(here / "broken"), "runs/broken", "./runs/demo/ppo"):
+        assert json.loads(peftlab(f"runs show {name} --json").out)["next"][0].endswith(" --resume")
+    monkeypatch.chdir(here / "demo")
+    assert json.loads(peftlab("runs show ppo --json").out)["next"] == ["peftlab report ppo"]
+    monkeypatch.chdir(tmp_path.parent)
+    elsewhere = (here / "broken").relative_to(Path.cwd())
+    assert json.loads(peftlab(f"runs show {elsewhere} --json").out)["next"] == [f"peftlab report {elsewhere}"]
+
+
+def test_show_tells_in_how_many_processes_a_run_is_resumed(here):
+    assert "\nnext\n" in peftlab("runs show broken").out
+    for name in ("broken", "base"):
+        file = here / name / "environment.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "processes": 2}))
+    assert "\nnext; launch the resume in 2 processes, as the run began\n" in peftlab("runs show broken").out
+    assert "\nnext\n" in peftlab("runs show base").out
+
+
+@pytest.mark.parametrize(("stages", "option"), [(demo.STAGES, ""), (demo.FULL, "--full ")])
+def test_the_resume_of_a_demo_is_of_the_same_stages(stages, option, here):
+    config = demo.DemoConfig(stages=tuple(stage.name for stage in stages))
+    run = RunDir.create(here, "whole", "demo", to_toml(config))
+    with pytest.raises(RuntimeError), run.session():
+        make(here, "whole/sft", error=True)
+        raise RuntimeError("no")
+    for name in ("whole", "whole/sft"):
+        told = json.loads(peftlab(f"runs show {name} --json").out)["next"]
+        assert told[0] == f"peftlab demo {option}--run whole --resume"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_show_tells_no_key_that_nobody_chose(recipe, here):
+    for name, pairs in (("plain", []), ("own", ["seed=7", "lr=0.25"])):
+        text = to_toml(load_config(load(recipe).CONFIG, None, pairs))
+        RunDir.create(here, name, recipe, text).finish({}, {})
+        chosen = json.loads(peftlab(f"runs show {name} --json").out)["config"]
+        assert chosen == ({"lr": 0.25, "seed": 7} if pairs else {})
+
+
+def test_show_tells_no_keys_of_a_demo(here):
+    fake_runs.demo_run(here)
+    assert json.loads(peftlab("runs show demo --json").out)["config"] == {}
 
 
 def there(root: Path) -> set[str]:
@@ -418,6 +468,7 @@ def test_quiet_is_an_option_of_the_verbs_that_train(tmp_path, monkeypatch):
     summary = {"run": "x", "status": "done", "metrics": {}, "baseline": {}, "intervals": {}, "time": {"wall_s": 1}}
     seen = []
     monkeypatch.setattr("peftlab.recipes.launch.launch", lambda *_: seen.append(Progress.quiet) or summary)
+    monkeypatch.setattr("peftlab.recipes.declared.check_names", lambda _: None)  # the pairs are not there
     monkeypatch.setattr(Progress, "quiet", False)
     for words in ("sft --quiet", "ppo", "reward --quiet --json"):
         assert peftlab(words).code == 0

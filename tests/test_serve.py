@@ -52,6 +52,12 @@ def server(house, tmp_path_factory) -> Iterator[Server]:
     running.end()
 
 
+@pytest.mark.parametrize("line", ["p(imdb-sentiment)", "imdb-sentiment", "0.5*p(imdb-sentiment)", "rubric:ended"])
+def test_every_line_of_a_reward_scores(line):
+    speakers, (scorer,) = Shelf("cpu", max_batch=8, want="positive").open([line])
+    assert not speakers and len(scorer.score(["the film"], [" is good ."])[0]) == 1
+
+
 @pytest.fixture
 def started(house, tmp_path) -> Iterator[Any]:
     """Factory of servers with other limits."""

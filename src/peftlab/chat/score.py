@@ -13,7 +13,8 @@ DEFAULT = "imdb-sentiment"
 
 @dataclass(frozen=True)
 class Scorer:
-    """A reward as `peftlab ppo` spells it. A classifier's part is its log-odds in nats, not normalised as in a run."""
+    """A reward as `peftlab ppo` spells it. A classifier's part is its log-odds in nats, or as p(NAME) its probability,
+    not normalised as in a run."""
 
     spec: str
     want: str

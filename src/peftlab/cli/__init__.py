@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import metadata
@@ -66,6 +67,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _fail(f"{error.filename}: is too long for the name of a file; give a shorter one", 2)
 
 
 def _fail(message: object, code: int) -> None:

@@ -86,7 +86,9 @@ def runs_show(
     print_figures(found)
     print()
     print(folded(f"{found['folder']}: {' '.join(found['files'])}", sys.stdout, 2))
-    print("\nnext", *found["next"], sep="\n  ")
+    resumes = found["processes"] > 1 and any(line.endswith(" --resume") for line in found["next"])
+    again = f"; launch the resume in {found['processes']} processes, as the run began" if resumes else ""
+    print(f"\nnext{again}", *found["next"], sep="\n  ")
 
 
 @runs_app.command("diff", epilog=examples("peftlab runs diff sft-tiny ppo-tiny"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,7 +47,7 @@ def _training_verb(verb: str, summary: str, *commands: str) -> None:
         pairs = list(overrides or [])
         options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("-")]
         refuse_options(verb, [*([config] if config else []), *pairs], options)
-        if config is not None and "=" in config and not Path(config).exists():
+        if config is not None and "=" in config and not os.path.exists(config):
             pairs, config = [config, *pairs], None
         checked = check_config(verb, config, pairs)
         if not resume:  # of a run that is done, they may be gone

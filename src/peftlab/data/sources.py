@@ -95,7 +95,7 @@ def same_data(one: str, other: str) -> bool:
 
 
 def _parts(spec: str) -> list[str]:
-    return [spec] if Path(spec).is_file() else [part.strip() for part in spec.split("+")]
+    return [spec] if os.path.isfile(spec) else [part.strip() for part in spec.split("+")]
 
 
 def _place(part: str) -> str:

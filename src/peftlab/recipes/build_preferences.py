@@ -29,7 +29,7 @@ from ..models.stacks import kind_of
 from ..rewards.parts import Reward, RewardFunction, RewardPart
 from ..rewards.rubric import RUBRIC
 from ..rewards.sentiment import log_odds
-from ..rewards.spec import reward_of, terms
+from ..rewards.spec import Term, reward_of, terms
 from ..runs.atomic import write_json, write_rows, write_text
 from ..sampling.sampler import Decoding, Sampler
 from .makers import number_of, sample_texts
@@ -199,8 +199,11 @@ def scorer_of(options: PreferenceOptions, records: Sequence[Prompt]) -> Reward:
     _labels_there(records, "--scorer has rubric:label", "leave it out", any(t.name == "rubric:label" for t in named))
     if options.want != "label" or not any(term.is_model and kind_of(term.name) != "reward" for term in named):
         return reward_of(options.scorer, options.want, device=options.device)
-    if len(named) > 1 or named[0].weight != 1:
-        raise UserError("--want label: for one classifier as --scorer; of a reward in parts give positive or negative")
+    if len(named) > 1 or named[0] != Term(1.0, named[0].name):
+        raise UserError(
+            "--want label: for one classifier as --scorer, without weight or p(); of a reward in parts give positive "
+            "or negative"
+        )
     _labels_there(records, "--want label", "give --want positive", needed=True)
     classifier = TextClassifier.load(named[0].name, device=options.device)
     return Reward((RewardPart(Path(named[0].name).resolve().name, own_log_odds(classifier)),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ def load_recorded(
 ) -> RecordSet:
     """`load_rows`, with their hash and what was skipped noted in the run. A resumed run refuses changed data."""
     data = load_rows(config, which, kind, labels)
-    if which == "eval" and Path(config.train_data).is_file() and not Path(config.eval_data).exists():
+    if which == "eval" and os.path.isfile(config.train_data) and not os.path.exists(config.eval_data):
         say(f"measures on {config.eval_data}; eval_data=FILE takes held-out rows of the kind that it is trained on")
     note_data(run, data, _rows_asked(config, which)[1])
     if data.skipped:

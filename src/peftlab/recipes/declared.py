@@ -10,7 +10,7 @@ import ast
 import itertools
 import shlex
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any, Literal
@@ -93,10 +93,10 @@ def _fields(module: str, name: str) -> dict[str, Any]:
 
 def _field(module: str, line: ast.AnnAssign) -> tuple[Any, Any]:
     """Annotation and default of a key; (Any, None), which takes every value, where they name what is no constant."""
-    if inner := _fields(module, ast.unparse(line.annotation)):
-        table = _made(inner)
-        return table, Field(default_factory=table)
     value = line.value
+    if inner := _fields(module, ast.unparse(line.annotation)):
+        table, words = _made(inner), value.keywords if isinstance(value, ast.Call) else []
+        return table, Field(default_factory=partial(table, **{str(w.arg): _value(module, w.value) for w in words}))
     if isinstance(value, ast.Call):  # what a key is for may be told by what is no constant
         value = ast.Call(value.func, value.args, [word for word in value.keywords if word.arg != "description"])
     try:

@@ -65,7 +65,7 @@ def start(verb: str, config: Config, root: Path, name: str, resume: bool = False
             with watched(name, run.path):
                 summary: dict[str, Any] = load(verb).run(config, run)
         except BaseException:
-            with contextlib.suppress(LabError):  # on a full disk: the first error is the one to tell
+            with contextlib.suppress(LabError, UserError):  # on a full disk: the first error is the one to tell
                 _report(run)
             raise
         _report(run)

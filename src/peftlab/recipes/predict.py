@@ -119,8 +119,10 @@ def _read(
             rows.append(_row(row, number, wanted, columns))
         except ValueError as error:
             told += bad.lines(f"{path}:{line}", str(error))
+    if bad.count == 1:
+        raise UserError(told[0])
     if bad.count:
-        count = f"{bad.count} of {len(rows) + bad.count} rows are not usable:"
+        count = f"{path}: {bad.count} of {len(rows) + bad.count} rows are not usable:"
         raise UserError("\n".join([count, *told, *bad.rest("the command with 2> FILE")]))
     if not rows:
         raise UserError(f"--input {path}: holds no rows; give one JSON object a line, or a CSV or Parquet file")

@@ -53,8 +53,8 @@ class PolicyConfig(TaskConfig):
     eval_data: str = "imdb:prompts"
     reward: str = Field(
         "imdb-sentiment",
-        description="parts joined by +, as in imdb-sentiment + 0.5*rubric:length: classifiers (log-odds of `want`), "
-        "reward models, parts of the rubric, module:function",
+        description="parts joined by +, as in imdb-sentiment + 0.5*rubric:length: classifiers (log-odds of `want`; "
+        "p(NAME): its probability), reward models, parts of the rubric, module:function",
     )
     style: list[str] = Field([], description="patterns of rubric:style that an answer keeps to; behind a !, avoids")
     temperature: float = Field(1.0, gt=0)

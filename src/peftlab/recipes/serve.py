@@ -182,7 +182,7 @@ def _is_reward(name: str) -> bool:
     """Whether a name scores: a classifier, a reward model, or a line of parts."""
     if name in persona_files():
         return False
-    if Path(name).exists() or not set(name) & set("+*:"):
+    if os.path.exists(name) or not set(name) & set("+*:("):
         return kind_of(name) in ("classifier", "reward")
     return bool(terms(name))
 

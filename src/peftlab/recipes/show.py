@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
+from ..config import to_toml
 from ..report.read import RunFiles, read_run, stage_folders
 from ..report.recorded import read_recorded
 from ..report.watch import alarms_of, in_short
@@ -34,7 +36,7 @@ def show_run(root: Path, name: str) -> dict[str, Any]:
     config   the keys that differ from the recipe's defaults
     alarms   how many of a policy's fired, in words
     files    what is in its `folder`
-    next     commands to type
+    next     commands to type; a resume needs to be launched in as many `processes` as the run began in
     """
     path = find_run(root, name)
     run = read_run(path)
@@ -47,7 +49,8 @@ def show_run(root: Path, name: str) -> dict[str, Any]:
         "alarms": in_short(alarms_of(run, read_recorded(path).distinct_2)),
         "folder": str(path),
         "files": sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir() if entry.name != LOCK),
-        "next": _next(run, called),
+        "processes": run.environment.get("processes", 1),
+        "next": _next(run, called, path.parent.resolve().is_relative_to(root.resolve())),
     }
 
 
@@ -57,15 +60,17 @@ def _last(run: RunFiles) -> dict[str, float | None]:
 
 
 def _chosen(recipe: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a config that differ from its recipe's defaults: what a person chose."""
-    defaults = flat(declared(recipe).model_construct().model_dump(warnings=False)) if recipe in RECIPES else {}
+    """The keys of a config that differ from its recipe's defaults: what a person chose, so nothing of a demo's."""
+    if recipe not in RECIPES:
+        return {}
+    defaults = flat(tomllib.loads(to_toml(declared(recipe)())))  # as a config's file has them: a list for a tuple
     return {key: value for key, value in config.items() if key != "recipe" and value != defaults.get(key)}
 
 
-def _next(run: RunFiles, called: str) -> list[str]:
-    """What to do with a run that is done, or how to go on with one that ended early."""
+def _next(run: RunFiles, called: str, here: bool) -> list[str]:
+    """What to do with a run that is done, or how to go on with one that ended early, if it is one that --run finds."""
     recipe, status = run.summary["recipe"], run.summary["status"]
-    if status == "running":
+    if status == "running" or status != "done" and not here:
         return [typed("report", called)]
     if status != "done":
         again = vacant(run.path)  # nothing to go on from

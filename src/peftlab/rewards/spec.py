@@ -9,9 +9,9 @@ it stands between quotes.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +28,11 @@ from .rubric import RUBRIC, Part, style
 from .sentiment import log_odds, probability
 
 STYLE = "style"  # the part of the rubric that takes its patterns from the config
-_TERM = re.compile(r"\s*(?:([-\d.eE]+)\s*\*)?\s*(?:(['\"])(.+)\2|([^\s*'\"](?:[^*'\"]*[^\s*'\"])?))\s*")
-_PROBABILITY = re.compile(r"p\((.+)\)")
+SUM = "reward"  # what their weighted sum is called, and so no part
+_WEIGHT = r"(?:(?P<weight>[-\d.eE]+)\s*\*)?"
+_NAME = r"""(?:(?P<quote>['"])(?P<quoted>.+)(?P=quote)|(?P<plain>[^\s*'"](?:[^*'"]*[^\s*'"])?))"""
+_TERM = re.compile(rf"\s*{_WEIGHT}\s*(?P<p>p\(\s*)?{_NAME}(?(p)\s*\))\s*")
+_QUOTED = re.compile(r"[+*'\"]|^\s|\s$|^p\(.+\)$")  # of a name alone that would be read as something else
 _PIECE = re.compile(r"""((?:"[^"]*"|'[^']*'|[^+])*)(?:\+|$)""")
 
 
@@ -44,7 +47,7 @@ class Term:
     def __str__(self) -> str:
         """As a line spells it."""
         quote = "'" if '"' in self.name else '"'
-        name = f"{quote}{self.name}{quote}" if re.search(r"[+*'\"]|^\s|\s$", self.name) else self.name
+        name = f"{quote}{self.name}{quote}" if _QUOTED.search(self.name) else self.name
         name = f"p({name})" if self.bounded else name
         weight = repr(self.weight).replace("e+", "e")  # a + separates terms
         return name if self.weight == 1 else f"{weight}*{name}"
@@ -71,7 +74,7 @@ def terms(spec: str) -> list[Term]:
     for piece in _pieces(spec):
         match = _TERM.fullmatch(piece)
         try:
-            weight = float(match[1]) if match and match[1] else 1.0
+            weight = float(match["weight"] or 1) if match else math.nan
         except ValueError:
             weight = math.nan
         if match is None or not math.isfinite(weight):
@@ -79,12 +82,10 @@ def terms(spec: str) -> list[Term]:
                 f"reward: {piece.strip()!r} is no part; write NAME or WEIGHT*NAME, joined by +, for example "
                 "imdb-sentiment + 0.5*rubric:length; quotes keep a name with + or * together"
             )
-        name = match[3] or match[4]
-        bounded = _PROBABILITY.fullmatch(match[4] or "")
-        name = bounded[1] if bounded else name
+        name = match["quoted"] or match["plain"]
         if function := _function_meant(name):
             raise UserError(f"reward: {name} is {function}")
-        found.append(Term(weight, name, bool(bounded)))
+        found.append(Term(weight, name, bool(match["p"])))
     return found
 
 
@@ -143,10 +144,12 @@ def reward_of(
 
 def _numbered(parts: Sequence[RewardPart]) -> Iterator[RewardPart]:
     """The parts, a second one of the same name as NAME-2: each has a figure of its own."""
-    seen: Counter[str] = Counter()
+    taken: set[str] = set()
     for part in parts:
-        seen[part.name] += 1
-        yield part if seen[part.name] == 1 else replace(part, name=f"{part.name}-{seen[part.name]}")
+        names = itertools.chain([part.name], (f"{part.name}-{number}" for number in itertools.count(2)))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        yield replace(part, name=name)
 
 
 def _part(
@@ -161,12 +164,14 @@ def _part(
         function = RUBRIC[name] if name != STYLE else _style(patterns)
         return RewardPart(name, function, term.weight)
     if term.is_function:
-        return RewardPart(term.name.rpartition(":")[2], user_function(term.name), term.weight)
+        called = term.name.rpartition(":")[2]
+        return RewardPart("reward_function" if called == SUM else called, user_function(term.name), term.weight)
     if kind_of(term.name) == "reward":
         return RewardPart(_called(term.name), learned(RewardModel.load(term.name, device, ground)), term.weight)
     classifier = TextClassifier.load(term.name, device=device)
-    score = probability(classifier, want) if term.bounded else log_odds(classifier, want)
-    return RewardPart(_called(term.name), score, term.weight, normalise=True)
+    if term.bounded:
+        return RewardPart(f"p-{_called(term.name)}", probability(classifier, want), term.weight, normalise=True)
+    return RewardPart(_called(term.name), log_odds(classifier, want), term.weight, normalise=True)
 
 
 def _style(patterns: Sequence[str]) -> Part:
@@ -178,4 +183,4 @@ def _called(name: str) -> str:
     """The name of an adapter's part, which a metric bears: a folder's own, or its run's; not that of the sum."""
     path = Path(name).resolve()
     called = path.parent.name if path.name == "adapter" else path.name
-    return "reward_model" if called == "reward" else called
+    return "reward_model" if called == SUM else called

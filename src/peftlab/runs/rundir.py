@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -89,11 +90,11 @@ class RunDir:
     """A run's folder. Make one with `create`, work inside `session`, end with `finish`.
 
     `finished` is True where a resume met a run that is done: return `summary` and say so. `resumed` is True
-    where earlier work may be there to continue.
+    where earlier work may be there to continue; `new` where the folder was not there before.
     """
 
-    def __init__(self, path: Path, name: str, recipe: str, *, resumed: bool) -> None:
-        self.path, self.name, self.recipe, self.resumed = path, name, recipe, resumed
+    def __init__(self, path: Path, name: str, recipe: str, *, resumed: bool, new: bool = False) -> None:
+        self.path, self.name, self.recipe, self.resumed, self.new = path, name, recipe, resumed, new
         self.checkpoints = CheckpointStore(path / "checkpoints", logs=[path / name for name in LOGS])
         self.summary: dict[str, Any] | None = None
         if resumed and (path / "summary.json").exists():
@@ -127,6 +128,7 @@ class RunDir:
         if resume and not path.is_dir() and len(parts) == 1:
             raise UserError(f"no run {name!r} in {root} to resume; drop --resume to start it")
         try:
+            new = not path.exists() or os.listdir(path) == [LOCK]  # the lock alone is left of a refusal that was killed
             path.mkdir(parents=True, exist_ok=True)
             guard = contextlib.ExitStack()
             guard.enter_context(locked(path))
@@ -140,7 +142,7 @@ class RunDir:
                 cls._check_same(path, name, recipe, config_toml)
             else:
                 cls._begin(path, name, recipe, config_toml, environment or {})
-            return cls(path, name, recipe, resumed=begun and resume)
+            return cls(path, name, recipe, resumed=begun and resume, new=new)
 
     @staticmethod
     def _check_same(path: Path, name: str, recipe: str, config_toml: str) -> None:
@@ -258,8 +260,8 @@ class RunDir:
     def session(self) -> Iterator[RunDir]:
         """Holds the run's lock and heeds SIGINT and SIGTERM. However it ends, summary.json says how.
 
-        But of a new run that a UserError refuses before its first figure nothing is left: it never began. Of one that
-        told of bad rows skipped.jsonl is left, and the summary with it.
+        But of a new run that a UserError refuses before its first figure nothing is left: it never began. A folder that
+        was there before stays, and so does one whose skipped.jsonl tells of bad rows.
         """
         with locked(self.path), StopSignals() as self._signals:
             if not self.finished:
@@ -272,7 +274,7 @@ class RunDir:
             except BaseException as error:
                 if self.summary is None:
                     self._end_early(error)
-                    if isinstance(error, UserError) and not self.resumed and self._bare():
+                    if isinstance(error, UserError) and self.new and self._bare():
                         self._withdraw()
                 raise
 
@@ -304,9 +306,13 @@ class RunDir:
         return vacant(self.path) and not (self.path / "skipped.jsonl").exists()
 
     def _withdraw(self) -> None:
-        """Deletes the folder. The summary goes last, so that what is left by a kill, or a full disk, is vacant too."""
+        """Deletes the folder, so that what a kill or a failing disk leaves of it is vacant too.
+
+        The summary outlives the config, and the lock all else: nobody may take the folder while files go from it.
+        """
+        last = {"config.toml": 1, "summary.json": 2, LOCK: 3}
         with contextlib.suppress(OSError):  # the first error is the one to report
-            for file in sorted(self.path.iterdir(), key=lambda file: file.name == "summary.json"):
+            for file in sorted(self.path.iterdir(), key=lambda file: last.get(file.name, 0)):
                 file.unlink()
             self.path.rmdir()
 

@@ -8,6 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from .compare import read_config
+
+OF_FULL = "explanations"  # a stage that only a demo with --full has
+
 
 def typed(*words: str) -> str:
     """`peftlab` and these words, quoted for a shell and to be typed in the current folder.
@@ -22,7 +26,9 @@ def resuming(folder: Path, recipe: str, again: bool = False) -> str:
     """The command that goes on with the run in `folder`, a stage with its demo's; `again` starts it anew instead."""
     if (folder.parent / "config.toml").is_file():
         folder, recipe = folder.parent, "demo"
-    source = [] if recipe == "demo" else [str(folder / "config.toml")]  # of a demo there is none to give
+    source = [str(folder / "config.toml")]
+    if recipe == "demo":  # it takes no config
+        source = ["--full"] if OF_FULL in read_config(folder).get("stages", []) else []
     return typed(recipe, *source, "--run", folder.name, *([] if again else ["--resume"]))
 
 
