@@ -460,11 +460,7 @@ def test_a_panel_reads_only_whole_rows_and_survives_their_absence(tmp_path, term
     assert re.search(r"train/loss +3.25 +4.5", shown)
 
 
-def test_quiet_is_an_option_of_the_verbs_that_train(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "preferences").mkdir()
-    for part in ("train", "test"):
-        (tmp_path / "preferences" / f"preferences-{part}.jsonl").touch()
+def test_quiet_is_an_option_of_the_verbs_that_train(monkeypatch):
     summary = {"run": "x", "status": "done", "metrics": {}, "baseline": {}, "intervals": {}, "time": {"wall_s": 1}}
     seen = []
     monkeypatch.setattr("peftlab.recipes.launch.launch", lambda *_: seen.append(Progress.quiet) or summary)
