@@ -9,7 +9,8 @@ default; TRL's is a model of its own. gpt2-arch and smollm2-arch are GPT-2 124M 
 
 --peer has pip install what benchmarks/peers/*.txt pins and is not installed into .venv-peers, once. Where there is no
 package index: --peer-site FOLDER, with the two TRLs unpacked in FOLDER/trl-1.12 and FOLDER/trl-1.16, and in FOLDER
-itself the wheels that both lack (as `pip install --no-deps --target` leaves them).
+itself the wheels that both lack (as `pip install --no-deps --target` leaves them). --ranks: ours in so many processes,
+whose memory is added up.
 
     python benchmarks/ppo_step.py --device cpu|cuda [--peer] [--what ppo_update] [--model ...] [--rounds 5] [--epochs 4]
 """

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
-from beside import SIZES, WARM_UP
+from beside import SIZES, WARM_UP, group
 from lab import dtype_of, trainer_of
 from work import SAMPLES, Job, peak_bytes, prompt_of
 
@@ -69,16 +68,11 @@ def work(job: Job, rounds: int) -> None:
 
 def launch(job: Job, ranks: int, rounds: int) -> dict[str, Any]:
     """The job in so many processes of this host, as torchrun would start them; what the first one measured."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, __file__, "--work", json.dumps(asdict(job)), "--rounds", str(rounds)]
     processes: list[subprocess.Popen[str]] = []
     try:
-        for number in range(ranks):
-            env = os.environ | group | {"RANK": str(number), "LOCAL_RANK": str(number)}
-            processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env))
+        for own in group(ranks):
+            processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | own))
         said = [process.communicate()[0] for process in processes]
     finally:  # Ctrl+C leaves none behind
         for process in processes:

@@ -202,6 +202,8 @@ OTHER = {
     "data check missing.jsonl --for sft": ["missing.jsonl", "no such file"],
     "data check rows.xls --for sft": ["rows.xls", ".jsonl"],
     "data check torn.jsonl --for chat": ["--for chat", "classify"],
+    "data check torn.jsonl --for reward": ["--for reward: reward reads preferences"],
+    "eval imdb-judge --data missing.jsonl": ["missing.jsonl: no such file"],
     "data check . --for sft": ["is a folder", "JSONL"],
     "data check imdb:train --for sft": ["imdb:train", "data of the lab", "peftlab data preview imdb:train --for sft"],
     "data check imdb-gist:test --for summarize": ["of the lab", "peftlab data preview imdb-gist:test --for summarize"],

@@ -42,6 +42,12 @@ def test_a_row_without_a_peer(benchmark, line, what):
         assert row["ours_bytes"].keys() == {"base", "reward", "policy", "value", "sampler"}
 
 
+def test_a_step_of_two_processes_stands_beside_a_peers(benchmark):
+    (row,) = benchmark("ppo_step", "--what", "ppo_update", "--ranks", "2", "--gradients", "bfloat16")
+    assert (row["ranks"], row["dtype"], row["tokens"]) == (2, "float32, gradients bfloat16", 8)
+    assert 0 < row["ours_rollout_s"] < row["ours_s"] and 0.2 < row["ours_gb"] < 10 and row["ratio_error"] < 1e-4
+
+
 def test_rows_of_several_processes(benchmark):
     strong, weak = benchmark("ranks", "--ranks", "2")
     assert (strong["what"], strong["ranks"], strong["scaling"], weak["scaling"]) == ("ppo_ranks", 2, "strong", "weak")

@@ -49,7 +49,7 @@ def folder_of(tmp_path, before, after, rows, name):
     ("before", "after", "rows", "verdict", "words"),
     [
         (0.005, 0.01, 200, "healthy", "in the healthy range"),
-        (0.01, 0.06, 200, "", "200 rows are too few to tell: chance alone makes up to 0.0506"),
+        (0.01, 0.06, 200, "", "200 rows are too few to tell: chance alone adds up to 0.0506"),
         (0.01, 0.06, 20_000, "unhealthy", "outside the healthy range"),
         (0.01, 0.3, 200, "unhealthy", "outside the healthy range"),  # so far off that few rows do tell
         (0.3, 0.06, 20_000, "", "better, yet outside the healthy range"),

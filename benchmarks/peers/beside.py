@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, help="completions of a step; 64 on a CPU, else 256")
     parser.add_argument("--tokens", type=int, help="of a completion; 24 on a CPU, else 64")
     parser.add_argument("--pass-tokens", type=int, default=0, help="of our passes, at most; 0: as suits the device")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of ours, of one thread each on a CPU")
     parser.add_argument("--gradients", choices=["float32", "bfloat16"], default="float32", help="ours, on a CPU")
     return parser
 
@@ -65,18 +67,33 @@ def jobs_of(given: argparse.Namespace, algorithm: str, reward: str = "function")
         yield Job(algorithm, given.device, model, prompt, batch, tokens, epochs, reward, *ours)
 
 
-class Side:
-    """One side's process. Every answer is kept; `about` is the first one, of what it built."""
+def group(ranks: int) -> list[dict[str, str]]:
+    """What each of so many processes of this host finds in its environment, as torchrun would start them."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    return [shared | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(ranks)]
 
-    def __init__(self, program: str, job: Job, path: Sequence[Path] = ()) -> None:
+
+class Side:
+    """One side's processes. Every answer of the first is kept; `about` is the first one, of what it built."""
+
+    def __init__(self, program: str, job: Job, path: Sequence[Path] = (), ranks: int = 1) -> None:
         self.program = program
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
         quiet = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
         first = [*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / f"{program}.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors, text=True, env=os.environ | quiet | {"PYTHONPATH": os.pathsep.join(first)},
-        )
+        env = os.environ | quiet | {"PYTHONPATH": os.pathsep.join(first)}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(HERE / f"{program}.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=self.errors, text=True, env=env | own,
+            )
+            for own in group(ranks)
+        ]
         self.answers: list[dict[str, Any]] = []
         self.about = self._ask(json.dumps(asdict(job)))
         print(f"{program}: built", file=sys.stderr)
@@ -86,9 +103,11 @@ class Side:
         print(f"{self.program}: step {len(self.answers)}, {self.answers[-1]['seconds']:.2f} s", file=sys.stderr)
 
     def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        for process in self.processes:
+            assert process.stdin
+            process.stdin.close()
+        for process in self.processes:
+            process.wait()
 
     def seconds(self, what: str = "seconds") -> float:
         return round(statistics.median(answer[what] for answer in self.answers[WARM_UP:]), 4)
@@ -100,23 +119,30 @@ class Side:
         return {f"{whose}_s": self.seconds(), f"{whose}_gb": gigabytes, **held}
 
     def _ask(self, line: str) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        answer = self.process.stdout.readline()
+        """The first process's answer, with the memory of all."""
+        for process in self.processes:
+            assert process.stdin
+            try:
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                pass
+        answers = [self._answer(process) for process in self.processes]
+        return answers[0] | {"gb": sum(answer["gb"] for answer in answers)}
+
+    def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        assert process.stdout
+        answer = process.stdout.readline()
         if not answer:
             self.errors.seek(0)
             said = "".join(self.errors.readlines()[-20:])
-            raise SystemExit(f"{said}{self.program}: ended with exit code {self.process.wait()}")
+            raise SystemExit(f"{said}{self.program}: ended with exit code {process.wait()}")
         return dict(json.loads(answer))
 
 
 def rows(what: str, job: Job, peers: Sequence[Peer], given: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a peer, or one without any; sides take turns step by step."""
-    ours, theirs = Side("lab", job), []
+    ours, theirs = Side("lab", job, ranks=given.ranks), []
     if given.peer or given.peer_site:
         for peer in peers:
             path = path_of(peer.site, given.peer_site)
@@ -126,7 +152,7 @@ def rows(what: str, job: Job, peers: Sequence[Peer], given: argparse.Namespace) 
             side.step()
     row = {
         "what": what, "device": job.device, "dtype": ours.about["dtype"], "model": job.model, "batch": job.batch,
-        "tokens": job.batch * job.tokens, "epochs": job.epochs, **ours.row("ours"),
+        "tokens": job.batch * job.tokens, "epochs": job.epochs, "ranks": given.ranks, **ours.row("ours"),
         "ours_rollout_s": ours.seconds("rollout_s"), "ratio_error": float(f"{ours.answers[0]['ratio_error']:.1e}"),
     }
     found = [row] if not theirs else []

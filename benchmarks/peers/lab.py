@@ -14,6 +14,7 @@ from peftlab.models.freed_memory import keep_freed_memory
 from peftlab.models.quick_layers import quicken_layers
 from peftlab.models.reward_model import RewardModel, RewardNet
 from peftlab.models.roles import Roles
+from peftlab.recipes.several import joined
 from peftlab.rl.control import FixedKL
 from peftlab.rl.ppo import PPOSettings, PPOTrainer
 from peftlab.rl.rloo import RLOOSettings, RLOOTrainer
@@ -55,6 +56,13 @@ def trainer_of(job: Job) -> PolicyTrainer[Any]:
 
 
 def run(job: Job, answers: Answers) -> None:
+    with joined(job.device):
+        train(job, answers)
+
+
+def train(job: Job, answers: Answers) -> None:
+    """Builds, and makes a step whenever one is asked for."""
+    torch.manual_seed(0)  # all processes begin with the same adapter
     trainer = trainer_of(job)
     text, ids = prompt_of(job, trainer.roles.tokenizer)
     count = job.batch if job.algorithm == "ppo" else job.batch // SAMPLES

@@ -138,8 +138,11 @@ def evaluate(
     Of a run of ppo, rloo or dpo: its policy beside its reference, on the run's held-out prompts.
     """
     from ..data.check import column_pairs
+    from ..data.sources import require_known
 
     mapped = column_pairs(columns or [])  # before the libraries load
+    if data is not None:
+        require_known(data)
     loading()
     from ..recipes.evaluate import PolicyOptions, run_eval
 

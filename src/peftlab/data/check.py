@@ -18,6 +18,8 @@ from .records import FIELDS, KINDS, Missing, Record, fields_of, parse_row, row_i
 # The shapes of a row of `sft`: a mapping that names one means it, whatever other columns are called.
 SHAPES = ({"text"}, {"prompt", "completion"}, {"messages"})
 Found = tuple[int, Record | str]  # a row's line and its record, or the reason why it is bad
+# The kind of rows that a verb reads which is not called as they are.
+READS = {"reward": "preferences", "dpo": "preferences", "ppo": "prompts", "rloo": "prompts", "pretrain": "sft"}
 OF_A_KIND = 5  # bad rows that a terminal shows of one and the same mistake
 _VALUES = re.compile(r"""(['"]).*?(?:\1|\.{3})|\d+""")  # what two rows with one mistake differ in: texts, and numbers
 
@@ -77,7 +79,8 @@ def scan_file(
     Parquet row's line is its number. Raises UserError where the file itself is unusable.
     """
     if kind not in KINDS:
-        raise UserError(f"--for {kind}: expected one of {', '.join(KINDS)}")
+        hint = f"{kind} reads {READS[kind]}" if kind in READS else f"expected one of {', '.join(KINDS)}"
+        raise UserError(f"--for {kind}: {hint}")
     yield from scan_rows(file_rows(path), kind, labels, columns)
 
 

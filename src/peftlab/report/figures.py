@@ -136,7 +136,7 @@ def _verdict(
             return "healthy", "in the healthy range"
         # Gaps are averaged without their sign, so chance adds at most its own error to that of the model.
         if entry.name == CALIBRATION and high is not None and after <= high + chance[1]:
-            return "", f"{chance[0]} rows are too few to tell: chance alone makes up to {text.number(chance[1])}"
+            return "", f"{chance[0]} rows are too few to tell: chance alone adds up to {text.number(chance[1])}"
         if better:
             return "", "better, yet outside the healthy range"
         return "unhealthy", "outside the healthy range"
