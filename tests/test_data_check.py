@@ -336,6 +336,8 @@ def test_a_folder_and_an_unknown_kind_are_messages(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         check_file(tmp_path / "a.jsonl", "sft")
     with pytest.raises(UserError, match="expected one of sft, classify"):
+        check_file(tmp_path / "a.jsonl", "chat")
+    with pytest.raises(UserError, match="--for ppo: ppo reads prompts"):
         check_file(tmp_path / "a.jsonl", "ppo")
 
 

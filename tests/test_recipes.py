@@ -255,8 +255,8 @@ def test_ppo_rollouts_are_tables_of_tokens_that_add_up(steered):
         penalty = 0.1 * sum(token["kl"] for token in tokens)
         assert sum(token["reward"] for token in tokens) == pytest.approx(row["score"] - penalty, abs=1e-4)
         parts = row["score_parts"]
-        assert parts.keys() == {"reward", "e", "short"}  # the classifier's part is called as its folder
-        assert row["score"] == pytest.approx(parts["reward"] + parts["e"] + parts["short"], abs=1e-5)
+        assert parts.keys() == {"reward_model", "e", "short"}  # the classifier's folder is called as the sum is
+        assert row["score"] == pytest.approx(parts["reward_model"] + parts["e"] + parts["short"], abs=1e-5)
         assert parts["e"] == pytest.approx(row["completion"].count("e") / 8)
         if row["step"] == 1:  # the policy still is its reference, up to the noise of the cached decode
             assert all(abs(token["kl"]) < 1e-4 for token in tokens)
