@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import adapter
 
+from peftlab.errors import Interrupted
 from peftlab.models.adapters import LoraVariants
 from peftlab.models.backbone import Backbone
 from peftlab.models.mix import Mixer
 from peftlab.models.per_row import PerRow
+from peftlab.runs.signals import EndSignals
 from peftlab.sampling import continuous
 from peftlab.sampling.continuous import Batch, Chosen, Row, Slots, Together
 from peftlab.sampling.sampler import Decoding, Sampler
+from peftlab.web.app import create_app
 from peftlab.web.reply import Reply
+from peftlab.web.serve import Listener
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"gpt2": Slots, "llama": Slots, "unknown": Together}
@@ -184,3 +192,24 @@ def test_nothing_of_a_stop_is_shown_before_it_is_known_to_be_none():
         shown += piece.text if piece else ""
         assert not any(shown.endswith("film was"[:n]) for n in range(1, 9))
     assert shown == " the film is, the " and reply.finish == "stop"
+
+
+@pytest.mark.parametrize("moment", ["before it serves", "as its loop opens", "while it serves"])
+def test_a_signal_ends_a_server_whenever_it_comes(moment, monkeypatch):
+    def came(at: str) -> None:
+        if moment == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    class Loop(asyncio.SelectorEventLoop):
+        def __init__(self):
+            came("as its loop opens")
+            super().__init__()
+            self.call_later(0.2, came, "while it serves")
+
+    monkeypatch.setattr(uvicorn.Config, "get_loop_factory", lambda config: Loop)
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.closing(Listener("127.0.0.1")) as listener, EndSignals() as signals:
+        came("before it serves")
+        with pytest.raises(Interrupted, match="stopped by SIGTERM"), signals.heard(listener.stop):
+            listener.run(create_app(listener.token, listener.port, []))
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -6,11 +6,8 @@ A choice is on disk before the next pair shows, whatever ends the program; the s
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +18,7 @@ from ..evaluation.intervals import wilson
 from ..runs.atomic import write_rows
 from ..runs.lock import locked_file
 from ..runs.sanitize import sanitize
+from ..runs.signals import EndSignals
 from .label_terminal import ask_all
 
 
@@ -34,7 +32,7 @@ def label(prefs: Path, output: Path | None, web: bool, port: int, seed: int) -> 
     console = Console(highlight=False)
     pairs = read_pairs(prefs)
     path, labelled = outputs(prefs, output)
-    with locked_file(path) as handle, _Signals() as signals:
+    with locked_file(path) as handle, EndSignals() as signals:
         journal = Journal(path, handle, pairs, seed)
         if journal.cut:
             console.print(f"{sanitize(str(path))}: cut off a choice that was only half written", markup=False)
@@ -44,7 +42,7 @@ def label(prefs: Path, output: Path | None, web: bool, port: int, seed: int) -> 
             else:
                 ask_all(journal, console, signals)
         except Interrupted as stopped:
-            told = f"stopped by {signal.Signals(stopped.signum).name}; {_progress(journal)}; the same command goes on"
+            told = f"{stopped}; {_progress(journal)}; the same command goes on"
             raise Interrupted(stopped.signum, told) from None
         finally:
             write_rows(labelled, journal.labelled())
@@ -64,7 +62,7 @@ def outputs(prefs: Path, output: Path | None = None) -> tuple[Path, Path]:
     return path, labelled
 
 
-def _serve(journal: Journal, file: str, port: int, signals: _Signals) -> None:
+def _serve(journal: Journal, file: str, port: int, signals: EndSignals) -> None:
     from ..web.app import create_app
     from ..web.label import label_router
     from ..web.serve import Loopback
@@ -72,7 +70,7 @@ def _serve(journal: Journal, file: str, port: int, signals: _Signals) -> None:
     server = Loopback(port)
     router = label_router(journal, file, lambda: summary(journal), server.stop)
     print(f"open {server.url('/label')}\nCtrl+C ends; every choice is saved", flush=True)
-    with contextlib.closing(server), signals.heard():
+    with contextlib.closing(server), signals.heard(server.stop):
         server.run(create_app(server.token, server.port, [router]))
 
 
@@ -107,39 +105,3 @@ def report(found: dict[str, Any]) -> list[str]:
 
 def _progress(journal: Journal) -> str:
     return f"{len(journal.choices)} of {len(journal.pairs)} pairs are labelled and saved"
-
-
-class _Signals:
-    """SIGINT and SIGTERM end the wait for a person at once, and never the writing of a choice."""
-
-    def __init__(self) -> None:
-        self._signum: int | None = None
-        self._heard = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Within the block a signal, also one that came before it, raises Interrupted."""
-        self._heard = True
-        try:
-            self._check()
-            yield
-        finally:
-            self._heard = False
-
-    def _handle(self, signum: int, _: FrameType | None) -> None:
-        self._signum = self._signum or signum
-        if self._heard:
-            self._check()
-
-    def _check(self) -> None:
-        if self._signum:
-            raise Interrupted(self._signum)

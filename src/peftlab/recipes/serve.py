@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ..chat.voices import Cast
 from ..data.records import Message, Prompt
-from ..errors import Interrupted, UserError
+from ..errors import UserError
 from ..models.adapter_files import load_stack
 from ..models.backbone import parameter_bytes
 from ..models.catalog import named
@@ -28,6 +26,7 @@ from ..models.per_row import PerRow
 from ..models.personas import persona_files
 from ..models.stacks import kind_of
 from ..rewards.spec import reward_of, terms
+from ..runs.signals import EndSignals
 from ..sampling.continuous import Batch
 from ..sampling.sampler import Decoding, Sampler
 from ..web.api import Api, Scorer, Speaker, api_router
@@ -90,13 +89,11 @@ def serve(names: Sequence[str], options: ServeOptions) -> None:
         for line in shelf.report(speakers, scorers):
             print(line)
         needs = "with the key" if key else "no key needed on this machine"
-        print(f"API {listener.base}/v1 ({needs})\nopen {listener.url('/')}\nCtrl+C ends", flush=True)
-        worker.start()
-        try:
-            with _stopped_by_signals():
+        with EndSignals() as signals, contextlib.closing(worker):
+            print(f"API {listener.base}/v1 ({needs})\nopen {listener.url('/')}\nCtrl+C ends", flush=True)
+            worker.start()
+            with signals.heard(listener.stop):
                 listener.run(Log(app, _write, options.log_texts))
-        finally:
-            worker.close()
 
 
 def api_key(options: ServeOptions) -> str | None:
@@ -189,18 +186,3 @@ def _is_reward(name: str) -> bool:
 
 def _write(row: dict[str, Any]) -> None:
     print(json.dumps(row), file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """uvicorn ends its requests first, then hands the signal on to what was there before: to this."""
-
-    def stop(signum: int, _: FrameType | None) -> None:
-        raise Interrupted(signum, f"stopped by {signal.Signals(signum).name}")
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from ..errors import Interrupted
 from .launched import rank
 from .progress import Progress
 
@@ -64,3 +67,45 @@ class StopSignals:
         # os.write, since print inside a handler can meet its own buffer's lock.
         Progress.open = False  # the message begins with the line's end
         os.write(2, b"\nstopping after this step, with a checkpoint; a second signal leaves at once\n")
+
+
+class EndSignals:
+    """The first signal ends the wait for a person or for requests at once, and never the writing of what they said."""
+
+    def __init__(self) -> None:
+        self._signum: int | None = None
+        self._end: Callable[[], None] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> EndSignals:
+        self._before = {signum: signal.signal(signum, self._handle) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    @contextlib.contextmanager
+    def heard(self, end: Callable[[], None] | None = None) -> Iterator[None]:
+        """A block that raises Interrupted for a signal, also for one that came before it.
+
+        Where it stands, without `end`. Code that must not break off anywhere, as an event loop that opens, gives `end`,
+        which the signal calls for the block to come to its end by itself.
+        """
+        self._end = end or self._check
+        try:
+            if self._signum:
+                self._end()
+            yield
+        finally:
+            self._end = None
+        self._check()
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        self._signum = self._signum or signum
+        if self._end:
+            self._end()
+
+    def _check(self) -> None:
+        if self._signum:
+            raise Interrupted(self._signum, f"stopped by {signal.Signals(self._signum).name}")

@@ -34,6 +34,7 @@ class Listener:
             raise UserError(f"--port {port}{where}: {reason}; 0 takes any free one") from None
         self.port: int = self._socket.getsockname()[1]
         self._server: uvicorn.Server | None = None
+        self._stopping = False
 
     @property
     def base(self) -> str:
@@ -45,7 +46,10 @@ class Listener:
         return f"{self.base}{path}?token={self.token}"
 
     def run(self, app: ASGIApp) -> None:
-        """Serves until `stop` or a signal; uvicorn hands a signal on to the handler that was there before."""
+        """Serves until `stop`, also one that came before, or a signal.
+
+        uvicorn hands a signal on to the handler that was there before, once its requests have ended.
+        """
         # No access log: it would print the token.
         config = uvicorn.Config(
             app,
@@ -60,6 +64,7 @@ class Listener:
             timeout_graceful_shutdown=3,
         )
         self._server = uvicorn.Server(config)
+        self._server.should_exit = self._stopping
         self._server.run(sockets=[self._socket])
 
     def close(self) -> None:
@@ -68,6 +73,7 @@ class Listener:
 
     def stop(self) -> None:
         """Ends `run` after the requests at hand."""
+        self._stopping = True
         if self._server:
             self._server.should_exit = True
 
