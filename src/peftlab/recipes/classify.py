@@ -26,7 +26,7 @@ from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
 from .common import (
-    load_recorded,
+    load_both,
     load_rows,
     note_model,
     require_gradients,
@@ -77,8 +77,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             note_model(run, key, name)
         tokenizer = backbone.tokenizer
         labels = own_labels(config.labels)
-        train = load_recorded(run, config, "train", "classify", labels).records
-        held_out = load_recorded(run, config, "eval", "classify", labels).records
+        train, held_out = load_both(run, config, "classify", labels)
         other = _classifier(config, "compare", config.compare) if config.compare else None
         model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
         require_gradients(adapter_parameters(model, ADAPTER))
