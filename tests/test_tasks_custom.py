@@ -91,6 +91,7 @@ def test_a_custom_task_asks_for_what_it_lacks(shop, verb, lacking, words):
         ("rloo", ["reward={judge}"], "reward: .*classifier.*give want=positive"),
         ("rloo", ["reward={judge}", "judge={judge}", "want=positive"], "judge: .*is the reward too"),
         ("ppo", ["max_new_tokens=96"], "max_new_tokens: .*context"),
+        ("rloo", ["kl_target=2", "kl_coef=0"], "kl_coef: 0 stays 0"),
         ("ppo", ["reward=my_tasks:one_for_all"], r"2 completions, but values of shape \(1,\)"),
     ],
 )

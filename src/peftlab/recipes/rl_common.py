@@ -79,7 +79,9 @@ class PolicyConfig(TaskConfig):
     record_every: int = Field(10, ge=1, description="steps between recorded rollouts, of exact KL")
 
     @model_validator(mode="after")
-    def _style_acts(self) -> Self:
+    def _style_and_target_act(self) -> Self:
+        if self.kl_target and not self.kl_coef:
+            raise ValueError("kl_coef: 0 stays 0, since kl_target multiplies it; give a start, or no kl_target")
         if self.style and "rubric:style" not in self.reward:
             raise ValueError("style: its patterns count where reward names rubric:style; add it there, with a weight")
         return self
