@@ -274,7 +274,7 @@ def first_step(
 ) -> FirstStep:
     """Measure both invariants on a rollout taken before the first update.
 
-    first_kl: summed exact KL between adapters-on and adapters-off logits, the largest completion of the batch.
+    first_kl: summed exact KL between adapters-on and adapters-off logits, of the completion where it is largest.
     first_ratio_error: max |exp(recomputed - sampled) - 1| over counted tokens.
     """
     largest = torch.zeros(2, device=rollout.logprobs.device)

@@ -113,9 +113,11 @@ class PolicyTrainer(Generic[Settings]):
             rollout = gathered(mine, prompts)
         except LabError as error:  # a reward's, which knows no steps
             raise LabError(f"step {step}: {error}; the weights were not updated") from error
-        named = {"logprob": rollout.logprobs, "ref_logprob": rollout.ref_logprobs, "score": rollout.scores}
-        kl = {} if rollout.exact_kl is None else {"exact_kl": rollout.exact_kl}
-        require_finite(step, rollout, named | {"value": rollout.values} | kl)
+        sites = {"logprob": rollout.logprobs, "ref_logprob": rollout.ref_logprobs, "score": rollout.scores}
+        sites["value"] = rollout.values
+        if rollout.exact_kl is not None:
+            sites["exact_kl"] = rollout.exact_kl
+        require_finite(step, rollout, sites)
         return rollout
 
     def check_first(self, rollout: Rollout) -> None:
