@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from ..data.collate import collate_tokens
 from ..errors import UserError
 from ..evaluation.calibration import confusion, fit_temperature, reliability, surest_errors
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..models.adapter_files import save_adapter
 from ..models.adapters import LoraVariants, adapter_parameters, attach
 from ..models.backbone import Backbone, load_backbone
-from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, own_labels, pad_right
+from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, own_labels
 from ..models.stacks import Stack
 from ..runs.atomic import write_json
 from ..runs.rundir import RunDir
@@ -203,7 +204,7 @@ def _probabilities(logits: torch.Tensor) -> np.ndarray:
 
 
 def _collate(batch: Any, pad_id: int) -> dict[str, torch.Tensor]:
-    padded = pad_right([row["input_ids"] for row in batch], pad_id)
+    padded = collate_tokens([row["input_ids"] for row in batch], pad_id)
     return padded | {"labels": torch.tensor([row["label"] for row in batch])}
 
 
