@@ -38,13 +38,11 @@ KINDS = {
     "causal": [
         {"model_type": "gpt2"},
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-        {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]},
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
         {"model_type": "qwen3", "architectures": None},
     ],
     "encoder": [
         {"model_type": "distilbert", "architectures": ["DistilBertModel"]},
-        {"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
         {"model_type": "new", "architectures": ["NewForMaskedLM"]},
         {"model_type": "roberta"},
     ],
@@ -52,6 +50,12 @@ KINDS = {
         {"model_type": "t5", "is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]},
         {"model_type": "bart", "is_encoder_decoder": True},
     ],
+    "classifier": [
+        {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]},
+        {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}},
+        {"model_type": "bart", "architectures": ["BartForSequenceClassification"], "is_encoder_decoder": True},
+    ],
+    "reward": [{"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"], "id2label": {"0": "a"}}],
 }
 
 

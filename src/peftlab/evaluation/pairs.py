@@ -12,6 +12,7 @@ from ..data.explanations import review_of
 from ..data.records import PreferencePair, Prompt
 from ..data.tokenize import encode
 from ..models.reward_model import RewardModel
+from ..models.whole import WholeReward
 from ..rewards.rubric import RUBRIC
 from .calibration import expected_calibration_error
 from .intervals import bootstrap_mean, bootstrap_rows
@@ -32,12 +33,12 @@ class ScoredPairs:
     temperature: float = 1.0
 
     @classmethod
-    def of(cls, model: RewardModel, records: Sequence[PreferencePair]) -> ScoredPairs:
+    def of(cls, model: RewardModel | WholeReward, records: Sequence[PreferencePair]) -> ScoredPairs:
         """Both answers of each pair, scored."""
         prompts, answers = texts_of(records)
-        raw = model.scale.raw(model.logits(prompts, answers)).double().numpy()
+        raw = model.raw(prompts, answers).double().numpy()
         tokens = np.array([len(ids) + 1 for ids in encode(answers, model.tokenizer)])
-        return cls(records, _paired(raw), _paired(tokens), model.scale.temperature)
+        return cls(records, _paired(raw), _paired(tokens), model.temperature)
 
     @property
     def logits(self) -> np.ndarray:

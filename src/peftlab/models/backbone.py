@@ -17,10 +17,11 @@ from .catalog import resolve
 from .freed_memory import keep_freed_memory
 
 Task = Literal["causal", "classifier", "seq2seq"]
+READERS = ("causal", "encoder", "classifier", "reward")
 # What a task needs: the kinds of model that serve it, and in words.
 NEEDS: dict[Task, tuple[tuple[str, ...], str]] = {
     "causal": (("causal",), "a causal language model, for example tiny-gpt2 or smollm2-135m"),
-    "classifier": (("causal", "encoder"), "an encoder or a causal language model, for example minilm-distilbert"),
+    "classifier": (READERS, "an encoder or a causal language model, for example minilm-distilbert"),
     "seq2seq": (("seq2seq",), "an encoder-decoder, for example tiny-t5"),
 }
 # Left to its default, transformers asks at the terminal whether to run the code in a model's folder.
@@ -60,12 +61,12 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def load_backbone(
-    name: str, task: Task = "causal", *, device: str = "auto", dtype: str = "float32", num_labels: int = 2
+    name: str, task: Task = "causal", *, device: str = "auto", dtype: str = "float32", num_labels: int | None = 2
 ) -> Backbone:
     """Load the base model `name` (bundled, wheel, Hub id or folder) for a task, frozen, in eval mode.
 
-    A classifier's head is new and takes its weights from an adapter or from training. Raises UserError where the
-    name is unknown or the model is of another kind than the task needs.
+    A classifier's head is new and takes its weights from an adapter or from training; with `num_labels` None it is the
+    model's own. Raises UserError where the name is unknown or the model is of another kind than the task needs.
     """
     import transformers
 
@@ -84,12 +85,14 @@ def load_backbone(
     tokenizer = load_tokenizer(name, source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options = {"num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id} if task == "classifier" else {}
+    new_head = task == "classifier" and num_labels is not None
+    options = {"pad_token_id": tokenizer.pad_token_id} if task == "classifier" else {}
+    options |= {"num_labels": num_labels} if new_head else {}
     with _readable(name, source), quiet_loading():
         model, told = auto.from_pretrained(
             source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **CODELESS, **options
         )
-    own = f"{model.base_model_prefix}." if task == "classifier" else ""  # a classifier's head is new
+    own = f"{model.base_model_prefix}." if new_head else ""
     if missing := sorted(key for key in told["missing_keys"] if key.startswith(own)):
         raise UserError(f"model {name}: the weights in {source} lack {missing[0]} ({len(missing)} missing); restore it")
     quicken_layers(model).requires_grad_(False).eval()

@@ -20,7 +20,7 @@ from ..runs.names import RUNS
 from ..runs.typed import resuming
 from .personas import persona_files
 
-Kind = Literal["causal", "encoder", "seq2seq", "adapter"]
+Kind = Literal["causal", "encoder", "seq2seq", "classifier", "reward", "adapter"]
 BUNDLED = Path(__file__).parent / "bundled"
 OFFLINE = "tiny-gpt2, tiny-t5, smollm2-135m, minilm-distilbert, or a local folder"
 # What a Hub snapshot may hold: never pickles, never code.
@@ -190,9 +190,12 @@ def _kind(name: str, path: Path) -> Kind:
         raise UserError(f"model {name}: {path / 'config.json'} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"model {name}: {path / 'config.json'} names no model_type, so it describes no model")
+    architecture = (config.get("architectures") or [""])[0]
+    if "ForSequenceClassification" in architecture:
+        # transformers writes the classes' names, and of two without names nothing.
+        return "reward" if len(config.get("id2label") or "01") == 1 else "classifier"
     if config.get("is_encoder_decoder"):
         return "seq2seq"
-    architecture = (config.get("architectures") or [""])[0]
     if "CausalLM" in architecture or "LMHead" in architecture:
         return "causal"
     return "encoder" if "MaskedLM" in architecture or config["model_type"] in _ENCODERS else "causal"

@@ -1,4 +1,4 @@
-"""Texts to class logits with a classifier adapter on its base, merged for speed."""
+"""Texts to class logits with a classifier adapter on its base, merged for speed, or with a whole classifier."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..data.collate import collate_tokens
+from ..data.records import LABELS
 from ..errors import UserError, with_article
 from ..runs.progress import batch_starts
 from .adapter_files import load_stack
+from .backbone import Backbone, load_backbone
 from .catalog import resolve
 
 LABEL_NAMES = ["negative", "positive"]
+LONGEST = 512  # tokens of a text, where nothing else says how many
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,18 @@ class TextClassifier:
 
     @classmethod
     def load(cls, name: str, device: str = "auto", dtype: str = "float32") -> TextClassifier:
-        """A classifier adapter by bundled name or folder. Raises UserError for anything else."""
+        """A classifier adapter or a whole classifier, by name or folder. Raises UserError for anything else."""
         entry = resolve(name)
+        if entry.kind == "classifier":
+            whole = load_backbone(name, "classifier", device=device, dtype=dtype, num_labels=None)
+            return cls(name, whole.model, whole.tokenizer, _labels(whole.model), longest_text(whole))
         if entry.kind != "adapter":
             what = with_article(entry.kind)
-            raise UserError(f"{name}: is {what} model, not a classifier adapter; for example imdb-sentiment")
+            raise UserError(f"{name}: is {what} model, not a classifier; for example imdb-sentiment")
         backbone, stack = load_stack(name, device=device, dtype=dtype)
         if stack.kind != "classifier":
             raise UserError(f"{name}: is an adapter for text, not a classifier; for example imdb-sentiment")
-        facts = {"labels": LABEL_NAMES, "max_length": 512, "temperature": 1.0, **stack.extra}
+        facts = {"labels": LABEL_NAMES, "max_length": LONGEST, "temperature": 1.0, **stack.extra}
         length, temperature = facts["max_length"], facts["temperature"]
         if not (isinstance(length, int) and length >= 4):
             raise UserError(f"{name}: stack.json says max_length {length!r}; it is a number of tokens, 4 or more")
@@ -56,6 +62,19 @@ class TextClassifier:
     def probabilities(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """softmax of `logits`."""
         return self.logits(texts, batch_size).softmax(-1)
+
+
+def longest_text(whole: Backbone) -> int:
+    """Tokens of a text that a whole model reads: what its tokenizer allows, 512 at most."""
+    room = getattr(whole.model.config, "max_position_embeddings", LONGEST)
+    return min(LONGEST, whole.tokenizer.model_max_length, room)
+
+
+def _labels(model: Any) -> list[str]:
+    """The classes of a whole model as the lab spells them: pos, POSITIVE and LABEL_1 of two are `positive`."""
+    names = [name.lower() for _, name in sorted(model.config.id2label.items())]
+    known = [LABELS.get(name.removeprefix("label_"), -1) for name in names]
+    return [LABEL_NAMES[label] for label in known] if sorted(known) == [0, 1] else names
 
 
 def own_labels(labels: Sequence[str]) -> list[str] | None:

@@ -182,6 +182,15 @@ class RewardModel:
                 found[part, member] = self.net.score(**{n: t.to(device) for n, t in batch.items()}).float().cpu()
         return found
 
+    @property
+    def temperature(self) -> float:
+        """What the difference of two `raw` scores is divided by to be a logit."""
+        return self.scale.temperature
+
+    def raw(self, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+        """(N,) float32 on the CPU: the members' outputs combined, in a unit of their own."""
+        return self.scale.raw(self.logits(prompts, completions))
+
     def scores(self, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64) -> Tensor:
         """(N,) float32 on the CPU, in the order given; mean 0 and variance 1 over the answers it was trained on."""
         return self.scale.scores(self.logits(prompts, completions, batch_size))
@@ -200,7 +209,10 @@ def critic_start(name: str, ground: tuple[Backbone, Stack], weight: float = 1.0)
 
     `ground`: the base that the critic reads, and the stack of an adapter on it; UserError for a model of another one.
     """
-    folder = Path(resolve(name).path)
+    entry = resolve(name)
+    if entry.kind != "adapter":
+        raise UserError(f"critic: {name} is a whole model, which starts no critic; give critic=adapter")
+    folder = Path(entry.path)
     stack = read_stack(folder)
     if not same_ground(stack, ground[1]):
         raise UserError(f"critic: {name} is not of the policy's model; train one on that, or give critic=adapter")

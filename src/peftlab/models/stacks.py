@@ -123,13 +123,14 @@ def same_ground(one: Stack, other: Stack) -> bool:
     return known and all((a / file).read_bytes() == (b / file).read_bytes() for a, b in pairs for file in files)
 
 
-def adapter_hash(name: str) -> str:
-    """sha256 over the weights and JSON files of an adapter, those under it included; empty for a base model.
+def files_hash(name: str) -> str:
+    """sha256 over the weights and JSON files of an adapter, those under it included, or of a whole model with a head;
+    empty for a base model.
 
     stack.json tells the fingerprint of the adapter's base, which loading compares, so this one stands for both.
     """
     entry = resolve(name)
-    if entry.kind != "adapter":
+    if entry.kind not in ("adapter", "classifier", "reward"):
         return ""
     digest = hashlib.sha256()
     for file in sorted(Path(entry.path).rglob("*")):

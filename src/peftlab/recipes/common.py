@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data.overlap import leaked
 from ..data.sources import RecordSet, load_records, same_data
-from ..models.stacks import adapter_hash
+from ..models.stacks import files_hash
 from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
 from .several import of_first, require_same
@@ -120,7 +120,7 @@ def note_model(run: RunDir, key: str, name: str, fingerprint: str = "") -> None:
     A resumed run refuses another one under the same name. An empty name is nothing.
     """
     if name:
-        _note(run, f"{key} {name}", adapter_hash(name) or fingerprint)
+        _note(run, f"{key} {name}", files_hash(name) or fingerprint)
 
 
 def note_function(run: RunDir, key: str, path: str) -> None:

@@ -25,8 +25,8 @@ from ..models.adapter_files import load_stack
 from ..models.backbone import Backbone
 from ..models.catalog import named
 from ..models.classifier import TextClassifier, own_labels
-from ..models.reward_model import RewardModel
 from ..models.stacks import kind_of
+from ..models.whole import load_reward
 from ..runs.progress import doing
 from ..sampling.sampler import Sampler
 from .common import fitting_rows, too_long
@@ -120,7 +120,7 @@ def _summarizer(name: str, data: str, limit: int | None, device: str, columns: C
 def _reward_model(name: str, data: str, limit: int | None, device: str, columns: Columns) -> dict[str, Any]:
     """Which of two answers it prefers, against the data."""
     records = load_records(data, "preferences", limit, columns=columns)
-    model = RewardModel.load(name, device)
+    model = load_reward(name, device)
     doing(f"scores both answers of {len(records.records)} rows of {data}")
     pairs = ScoredPairs.of(model, records.records)
     return {

@@ -16,8 +16,8 @@ from ..evaluation.summaries import SummaryFormat, summarize
 from ..models.adapter_files import load_stack
 from ..models.catalog import resolve
 from ..models.classifier import TextClassifier
-from ..models.reward_model import RewardModel
 from ..models.stacks import kind_of
+from ..models.whole import load_reward
 from ..runs.atomic import write_rows
 from ..sampling.sampler import Decoding
 from .tools import load_sampler
@@ -101,8 +101,8 @@ def _summarize(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[
 
 
 def _score(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
-    """Rewards, of mean 0 and variance 1 over the answers that the model was trained on."""
-    scores = RewardModel.load(name, device).scores([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    """Rewards, of mean 0 and variance 1 over the answers that an adapter was trained on; of a whole model, its own."""
+    scores = load_reward(name, device).scores([row["prompt"] for row in rows], [row["completion"] for row in rows])
     return [{"id": row["id"], "score": score} for row, score in zip(rows, scores.tolist(), strict=True)]
 
 

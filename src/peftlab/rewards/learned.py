@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ..models.reward_model import RewardModel
+from ..models.whole import WholeReward
 
 
-def learned(model: RewardModel) -> Callable[..., Tensor]:
-    """Reward function: the model's scores, of mean 0 and variance 1 over the answers that it was trained on."""
+def learned(model: RewardModel | WholeReward) -> Callable[..., Tensor]:
+    """Reward function: the model's scores; an adapter's have mean 0 and variance 1 over what it was trained on."""
 
     def reward(prompts: Sequence[str], completions: Sequence[str], records: Sequence[Any]) -> Tensor:
         return model.scores(prompts, completions)

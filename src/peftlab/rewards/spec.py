@@ -3,7 +3,8 @@
     imdb-sentiment + 0.5*rubric:length + runs/mine/adapter + my_rewards:politeness
 
 A part is a sentiment classifier (its log-odds, or as p(NAME) its probability, normalised), a reward model (scaled as
-when it was trained), a part of the rubric, or a Python function, module:function. A folder whose name has a + or a * in
+when it was trained; a whole one of a folder or the Hub normalised), a part of the rubric, or a Python function,
+module:function. A folder whose name has a + or a * in
 it stands between quotes.
 """
 
@@ -20,8 +21,8 @@ from ..errors import UserError
 from ..models.backbone import Backbone
 from ..models.catalog import named
 from ..models.classifier import TextClassifier
-from ..models.reward_model import RewardModel
 from ..models.stacks import Stack, kind_of
+from ..models.whole import WholeReward, load_reward
 from .learned import learned
 from .parts import Reward, RewardPart, dotted, user_function
 from .rubric import RUBRIC, Part, style
@@ -167,7 +168,9 @@ def _part(
         called = term.name.rpartition(":")[2]
         return RewardPart("reward_function" if called == SUM else called, user_function(term.name), term.weight)
     if kind_of(term.name) == "reward":
-        return RewardPart(_called(term.name), learned(RewardModel.load(term.name, device, ground)), term.weight)
+        model = load_reward(term.name, device, ground)
+        own_unit = isinstance(model, WholeReward)
+        return RewardPart(_called(term.name), learned(model), term.weight, normalise=own_unit)
     classifier = TextClassifier.load(term.name, device=device)
     if term.bounded:
         return RewardPart(f"p-{_called(term.name)}", probability(classifier, want), term.weight, normalise=True)
