@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pkgutil
 import shlex
 import signal
 import subprocess
@@ -145,6 +146,41 @@ def test_a_run_that_broke_resumes_from_its_newest_checkpoint(shop, whole, tmp_pa
     assert max(row["step"] for row in logged(run)) == last
     newest = run / "checkpoints" / f"step-{keep:08d}"
     assert newest.is_dir()
+    go(shop, verb, tmp_path, resume=True)
+    assert_same(run, whole[verb])
+
+
+@pytest.mark.parametrize(
+    ("verb", "place", "saved"),
+    [
+        ("sft", "peftlab.evaluation.perplexity.token_logprobs", []),
+        ("sft", "peftlab.evaluation.perplexity.token_logprobs", ["step-00000012", "step-00000016"]),
+        ("ppo", "peftlab.recipes.rl_common._score_one", []),
+        ("ppo", "peftlab.evaluation.policy.token_logprobs", ["step-00000004", "step-00000006"]),
+    ],
+)
+def test_a_stop_while_a_model_is_measured_is_obeyed_at_the_next_batch(
+    shop, whole, tmp_path, monkeypatch, capfd, verb, place, saved
+):
+    """Before the steps none is made for it; behind them the last one's checkpoint is there."""
+    run, measured, batches = tmp_path / verb, pkgutil.resolve_name(place.rpartition(".")[0]), []
+    work = getattr(measured, place.rpartition(".")[2])
+
+    def signalled(*given):
+        if sorted(path.name for path in (run / "checkpoints").glob("step-*")) == saved:
+            batches.append(given)
+            if len(batches) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return work(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, signalled)
+        with pytest.raises(Interrupted):
+            go(shop, verb, tmp_path)
+    assert len(batches) == 1
+    assert "stopping in a moment; nothing that was learned is lost; a second signal leaves" in capfd.readouterr().err
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
+    assert sorted(path.name for path in (run / "checkpoints").glob("*")) == saved
     go(shop, verb, tmp_path, resume=True)
     assert_same(run, whole[verb])
 
