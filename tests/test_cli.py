@@ -83,7 +83,7 @@ def loaded(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "line", ["--help", "--version", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"]
+    "line", ["--help", "--version", "sft --help", "configs", "data check rows.jsonl --for classify", "runs", "models"]
 )
 def test_what_needs_no_model_loads_no_library(line, place):
     tiny.write_rows(place / "rows.jsonl", tiny.reviews(4))
