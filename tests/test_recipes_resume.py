@@ -21,7 +21,7 @@ from peftlab import cli
 from peftlab.errors import Interrupted, LabError
 from peftlab.recipes.launch import launch
 from peftlab.runs.atomic import read_rows
-from peftlab.runs.rundir import RunDir
+from peftlab.runs.rundir import RunDir, vacant
 
 # Six batches an epoch or ten, so that each stop below is in the middle of one; where there is dropout, it draws from
 # the global generator.
@@ -181,6 +181,8 @@ def test_a_stop_while_a_model_is_measured_is_obeyed_at_the_next_batch(
     assert "stopping in a moment; nothing that was learned is lost; a second signal leaves" in capfd.readouterr().err
     assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
     assert sorted(path.name for path in (run / "checkpoints").glob("*")) == saved
+    if not saved:
+        assert vacant(run), "the command may be typed again as it was, too"
     go(shop, verb, tmp_path, resume=True)
     assert_same(run, whole[verb])
 

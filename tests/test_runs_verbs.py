@@ -276,7 +276,7 @@ def test_stages_go_with_their_demo(here):
 
 
 def test_sizes_are_in_their_unit():
-    assert [verbs._bytes(size) for size in (20, 3.2e6, 1.44e9)] == ["0.0 kB", "3.2 MB", "1.4 GB"]
+    assert [verbs.in_bytes(size) for size in (20, 3.2e6, 1.44e9)] == ["0.0 kB", "3.2 MB", "1.4 GB"]
 
 
 class Screen(io.StringIO):

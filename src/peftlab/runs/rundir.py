@@ -70,12 +70,12 @@ def vacant(path: Path) -> bool:
     """Whether a run may begin in this folder: it is not there or empty, or nothing of what is there is worth keeping.
 
     A run counts as begun once config.toml, written last, is there; what a kill left before that is ours to replace, and
-    what a run left that failed before its first figure: once mended, the same command may run.
+    what a run left that failed or was stopped before its first figure: once mended, the same command may run.
     """
     before = {LOCK, "environment.json"}
     early = before | {"config.toml", "events.jsonl", "summary.json", "report.html", "skipped.jsonl"}
     there = {entry.name for entry in path.iterdir() if ".tmp-" not in entry.name} if path.is_dir() else set()
-    return there <= before or there <= early and _failed(path)
+    return there <= before or there <= early and outcome(path)["status"] in ("failed", "stopped")
 
 
 def _failed(path: Path) -> bool:
@@ -117,7 +117,7 @@ class RunDir:
 
         `name` is "run" or "demo/stage"; `config_toml` the resolved configuration; `environment` what the
         recipe adds to environment.json (device, dtype, model and its hash). UserError where the folder holds
-        another run (but one that failed before its first figure is replaced), where there is nothing to
+        another run (but one that ended early, before its first figure, is replaced), where there is nothing to
         resume, or where recipe or configuration differ from the run to resume. A stage of a resumed demo that
         was not reached yet starts fresh.
         """
