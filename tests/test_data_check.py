@@ -421,7 +421,7 @@ REASON = st.sampled_from([
 def test_a_pipe_gets_every_bad_row_and_a_terminal_some_of_every_mistake(reasons, fold):
     bad = BadRows(fold)
     lines = [line for number, reason in enumerate(reasons) for line in bad.lines(f"f:{number}", reason)]
-    rest = bad.rest("this")
+    rest = bad.rest()
     assert bad.count == len(reasons)
     every = [f"f:{number}: {reason}" for number, reason in enumerate(reasons)]
     if not fold:
@@ -432,7 +432,7 @@ def test_a_pipe_gets_every_bad_row_and_a_terminal_some_of_every_mistake(reasons,
     hidden = {first: int(more) for more, first in told}
     wanted = {f"f:{reasons.index(reason)}": reasons.count(reason) - OF_A_KIND for reason in reasons}
     assert hidden == {first: more for first, more in wanted.items() if more > 0}
-    assert rest[len(hidden) :] == ["this lists every bad row"] * bool(hidden)
+    assert len(rest) == len(hidden)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_mistakes_that_differ_in_a_value_only_are_alike(one, other, same):
     bad = BadRows(fold=True)
     for reason in (one, other) * OF_A_KIND:
         bad.lines("f:1", reason)
-    assert len(bad.rest("")) == (2 if same else 0)
+    assert len(bad.rest()) == (1 if same else 0)
 
 
 def test_a_wrong_column_does_not_fill_a_terminal(tmp_path, monkeypatch):

@@ -93,14 +93,16 @@ def test_the_hash_is_of_the_content(rows, tmp_path):
     assert load_records(str(reformatted), "classify").sha256 != before
 
 
-def test_bad_rows_are_counted_and_the_first_named(tmp_path):
+def test_bad_rows_are_counted_and_the_first_of_each_mistake_named(tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "a"}\n' + '{"text": ""}\n' * 8)
+    path.write_text('{"text": "a"}\n' + '{"text": ""}\n' * 8 + "no json\n")
     with pytest.raises(UserError) as caught:
         load_records(str(path), "sft")
     lines = str(caught.value).splitlines()
-    assert lines[0] == "8 of 9 rows are not usable:" and lines[1] == f"{path}:2: text: empty"
-    assert len(lines) == 7 and "3 more" in lines[-1] and f"data check {path} --for sft" in lines[-1]
+    assert lines[0] == "9 of 10 rows are not usable:"
+    assert lines[1:6] == [f"{path}:{line}: text: empty" for line in range(2, 7)]
+    assert lines[6].startswith(f"{path}:10: not valid JSON") and lines[7] == f"... and 3 more rows like {path}:2"
+    assert len(lines) == 9 and f"data check {path} --for sft" in lines[8]
 
 
 @pytest.mark.parametrize(

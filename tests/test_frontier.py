@@ -12,8 +12,8 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftlab.evaluation.diversity import self_bleu_4
 from peftlab.evaluation.frontier import best_of_n, best_of_n_curve, best_of_n_kl, tilted, tilted_curve
-from peftlab.evaluation.self_bleu import self_bleu_4
 from peftlab.evaluation.winrate import Scored, win_rate
 from peftlab.report.frontier import Cross, Curve, frontier_chart
 

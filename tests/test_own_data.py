@@ -11,6 +11,8 @@ import pytest
 import tiny
 
 from peftlab.config import load_config, to_toml
+from peftlab.data.overlap import leaked
+from peftlab.data.records import KINDS, Record, parse_row
 from peftlab.data.sources import load_records
 from peftlab.errors import UserError
 from peftlab.recipes import load
@@ -192,3 +194,18 @@ def test_wrong_keys_are_named(pair, words):
     with pytest.raises(UserError) as caught:
         load_config(TrainConfig, None, [pair])
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_held_out_row_that_is_trained_on_is_found_under_another_id(kind):
+    def row(number: int, **more: object) -> dict[str, object]:
+        texts = ("text", "prompt", "completion", "document", "summary", "chosen", "rejected")
+        return {"label": number % 2} | {name: f"{name} {number}" for name in texts} | more
+
+    def records(*rows: dict[str, object]) -> list[Record]:
+        return [parse_row(kind, each, number) for number, each in enumerate(rows)]
+
+    train, same = records(*map(row, range(8))), 3
+    held_out = records(*map(row, range(8, 12)), row(same, id="other"))
+    assert [record.id for record in leaked(train, held_out)] == ["other"]
+    assert leaked(train, train) == train and leaked([], held_out) == []

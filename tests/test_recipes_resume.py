@@ -155,7 +155,8 @@ def test_a_run_that_broke_resumes_from_its_newest_checkpoint(shop, whole, tmp_pa
     [
         ("sft", "peftlab.evaluation.perplexity.token_logprobs", []),
         ("sft", "peftlab.evaluation.perplexity.token_logprobs", ["step-00000012", "step-00000016"]),
-        ("ppo", "peftlab.recipes.rl_common._score_one", []),
+        ("summarize", "peftlab.evaluation.targets.token_logprobs", []),
+        ("ppo", "peftlab.recipes.rl_common._score_two", []),
         ("ppo", "peftlab.evaluation.policy.token_logprobs", ["step-00000004", "step-00000006"]),
     ],
 )

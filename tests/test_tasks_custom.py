@@ -15,7 +15,7 @@ import tiny
 from task_jobs import go, keys, means
 
 from peftlab.config import load_config
-from peftlab.errors import UserError
+from peftlab.errors import LabError, UserError
 from peftlab.models.adapter_files import load_stack
 from peftlab.recipes import load
 from peftlab.recipes.launch import dry_run, launch
@@ -32,6 +32,10 @@ def letters(prompts, completions, records):
 def of_rows(prompts, completions, records):
     """1 where a prompt is the whole of its row's."""
     return [float(prompt == record.prompt) for prompt, record in zip(prompts, records)]
+
+
+def one_for_all(prompts, completions, records):
+    return [sum(map(len, completions))]
 '''
 LONG = " ".join(["the plot was dull and the film was bad"] * 12)
 
@@ -87,10 +91,12 @@ def test_a_custom_task_asks_for_what_it_lacks(shop, verb, lacking, words):
         ("rloo", ["reward={judge}"], "reward: .*classifier.*give want=positive"),
         ("rloo", ["reward={judge}", "judge={judge}", "want=positive"], "judge: .*is the reward too"),
         ("ppo", ["max_new_tokens=96"], "max_new_tokens: .*context"),
+        ("rloo", ["kl_target=2", "kl_coef=0"], "kl_coef: 0 stays 0"),
+        ("ppo", ["reward=my_tasks:one_for_all"], r"2 completions, but values of shape \(1,\)"),
     ],
 )
 def test_what_cannot_work_is_one_message_before_the_training(shop, tmp_path, verb, pairs, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises((UserError, LabError), match=words):
         launch(verb, None, custom(shop, verb, *pairs), tmp_path, "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -138,6 +144,13 @@ def test_prompts_that_leave_no_room_are_left_out_and_told(shop, tmp_path, capsys
     assert asked == {f"q{i}": 2 for i in range(12)}
     plan = dry_run("rloo", None, custom(shop, "rloo", prompts="long"))
     assert plan["prompts"] == 12 and plan["bytes of one pass's logits"] == 12 * 8 * 320 * 4
+
+
+def test_held_out_prompts_that_are_trained_on_are_told(shop, tmp_path, capsys):
+    """The shop has one file of 14 prompts for both."""
+    _, run = go("rloo", custom(shop, "rloo", "eval_prompts=5"), tmp_path)
+    (told,) = [row for row in read_rows(run / "events.jsonl") if row["kind"] == "held_out_rows_trained_on"]
+    assert told["rows"] == 5 and told["data"] in capsys.readouterr().err
 
 
 def test_prompts_of_which_none_fits_are_refused(shop, tmp_path):

@@ -69,8 +69,8 @@ def data_check(
         if isinstance(found, str):
             for text in bad.lines(f"{file}:{line}", found):
                 print(text)
-    for text in bad.rest(f"`{check_command(file, kind, names, mapped)} | less`"):
-        print(text)
+    if more := bad.rest():
+        print(*more, f"`{check_command(file, kind, names, mapped)} | less` lists every bad row", sep="\n")
     print(f"{rows} rows, {bad.count} bad")
     if not rows:
         raise UserError(f"{file}: holds no rows; a job takes one at least")

@@ -20,7 +20,7 @@ SHAPES = ({"text"}, {"prompt", "completion"}, {"messages"})
 Found = tuple[int, Record | str]  # a row's line and its record, or the reason why it is bad
 # The kind of rows that a verb reads which is not called as they are.
 READS = {"reward": "preferences", "dpo": "preferences", "ppo": "prompts", "rloo": "prompts", "pretrain": "sft"}
-OF_A_KIND = 5  # bad rows that a terminal shows of one and the same mistake
+OF_A_KIND = 5  # bad rows that a person is shown of one and the same mistake
 _VALUES = re.compile(r"""(['"]).*?(?:\1|\.{3})|\d+""")  # what two rows with one mistake differ in: texts, and numbers
 
 
@@ -34,8 +34,8 @@ class CheckResult:
 
 
 class BadRows:
-    """Bad rows as lines for a person, `count` of them. With `fold`, for a terminal, a mistake that many rows share is
-    shown of its first few: a wrong column would push every other one off the screen."""
+    """Bad rows as lines, `count` of them. With `fold`, for a person, a mistake that many rows share is shown of its
+    first few: a wrong column would push every other one off the screen."""
 
     def __init__(self, fold: bool) -> None:
         self.count, self._fold = 0, fold
@@ -49,11 +49,10 @@ class BadRows:
         self._kinds[kind] = first, before + 1
         return [] if self._fold and before >= OF_A_KIND else [f"{place}: {reason}"]
 
-    def rest(self, everything: str) -> list[str]:
-        """What to show at the end: how many more there are of each mistake, and that `everything` lists them all."""
+    def rest(self) -> list[str]:
+        """What to show at the end: how many more there are of each mistake; nothing where each was shown."""
         more = [(first, count - OF_A_KIND) for first, count in self._kinds.values() if self._fold and count > OF_A_KIND]
-        told = [f"... and {count} more row{'s' * (count > 1)} like {first}" for first, count in more]
-        return [*told, f"{everything} lists every bad row"] if told else []
+        return [f"... and {count} more row{'s' * (count > 1)} like {first}" for first, count in more]
 
 
 def check_file(

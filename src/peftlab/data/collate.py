@@ -17,12 +17,8 @@ def collate_language(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
     Without a mask, transformers separates packed documents by their restarting positions. Pads stand behind every real
     token, so causal attention never reaches them; they get position 0 (documents of their own) and no loss.
     """
-    width = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": pad_id, "position_ids": 0, "labels": IGNORED}
-    return {
-        name: _tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
-        for name, value in fill.items()
-    }
+    return {name: pad_right([row[name] for row in rows], value) for name, value in fill.items()}
 
 
 def collate_seq2seq(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
@@ -30,13 +26,17 @@ def collate_seq2seq(rows: Sequence[Row], pad_id: int) -> dict[str, Tensor]:
 
     Labels are -100 where padded; an encoder-decoder shifts them to the right itself to feed its decoder.
     """
-    width, answer = (max(len(row[name]) for row in rows) for name in ("input_ids", "labels"))
-    ids = [row["input_ids"] + [pad_id] * (width - len(row["input_ids"])) for row in rows]
-    mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
-    labels = [row["labels"] + [IGNORED] * (answer - len(row["labels"])) for row in rows]
-    return {"input_ids": _tensor(ids), "attention_mask": _tensor(mask), "labels": _tensor(labels)}
+    inputs = collate_tokens([row["input_ids"] for row in rows], pad_id)
+    return inputs | {"labels": pad_right([row["labels"] for row in rows], IGNORED)}
 
 
-def _tensor(rows: list[list[int]]) -> Tensor:
-    """torch.tensor(rows) in a fifth of its time, by way of numpy."""
-    return torch.from_numpy(np.array(rows, dtype=np.int64))
+def collate_tokens(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Token lists -> input_ids and attention_mask, (B, longest), padded behind. An empty row counts as one pad."""
+    rows = [row or [pad_id] for row in rows]
+    return {"input_ids": pad_right(rows, pad_id), "attention_mask": pad_right([[1] * len(row) for row in rows], 0)}
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows -> (B, longest), `value` behind each. By way of numpy: torch.tensor(rows) takes five times as long."""
+    width = max(map(len, rows))
+    return torch.from_numpy(np.array([[*row, *[value] * (width - len(row))] for row in rows], dtype=np.int64))

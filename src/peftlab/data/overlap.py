@@ -1,10 +1,13 @@
-"""How much two texts share: words and n-grams, as ROUGE counts them (Lin 2004). No torch."""
+"""What two texts share, words and n-grams as ROUGE counts them (Lin 2004), and two sets of rows. No torch."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+
+from .records import LabelledText, Prompt, Record, SummaryPair, Text
 
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -22,3 +25,21 @@ def ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 def f_measure(shared: int, found: int, wanted: int) -> float:
     """2PR / (P + R) with P = shared / found and R = shared / wanted: 2 shared / (found + wanted), 0 where none is."""
     return 2 * shared / (found + wanted) if shared else 0.0
+
+
+def leaked(train: Sequence[Record], held_out: Sequence[Record]) -> list[Record]:
+    """The held-out records of which training has the text, the document or the prompt; of pairs, the whole pair."""
+    known = set(map(_content, train))
+    return [record for record in held_out if _content(record) in known]
+
+
+def _content(record: Record) -> str | Record:
+    match record:
+        case Text() | LabelledText():
+            return record.text
+        case SummaryPair():
+            return record.document
+        case Prompt():
+            return record.prompt
+        case _:
+            return replace(record, id="")

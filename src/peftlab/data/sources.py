@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
-from .check import scan_file, scan_rows
+from .check import BadRows, scan_file, scan_rows
 from .hub import refusal
 from .imdb import BLOCKS, ROTTEN, load_block
 from .joined import COLUMNS, joined_records
@@ -25,7 +25,6 @@ from .readers import READERS, Row
 from .records import LABELS, LabelledText, Prompt, Record, Text, known_labels
 
 Skipped = list[tuple[str, str]]  # (place, reason) of each row left out
-ERRORS_SHOWN = 5
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?")
 HUB_SPLIT = "train"  # of a dataset of the Hub where the spec names none
 OFFLINE = f"imdb:train, {ROTTEN}, or a local {', '.join(READERS)} file"
@@ -55,8 +54,9 @@ def load_records(
 
     `labels` names the classes and `columns` maps fields to columns of the user's rows. With `trained_on`, the limit by
     which training drew from the same data with this seed (0: all of it), only the rows that it left are drawn from.
-    Raises UserError for unknown names, for bad rows unless they are to be skipped (the first few by line, and how
-    many), for empty data, and where training left nothing. `on_bad_row` is the config's key; None where it has none.
+    Raises UserError for unknown names, for bad rows unless they are to be skipped (the first few of each mistake
+    by line, and how many), for empty data, and where training left nothing. `on_bad_row` is the config's key;
+    None where it has none.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data {spec}: a limit of {limit} leaves no rows; give 1 or more, or no limit")
@@ -197,24 +197,21 @@ def _usable(
 ) -> list[Record]:
     """The records among what was found by place. Bad rows are added to `skipped` where they are to be, else refused."""
     records: list[Record] = []
-    bad: Skipped = []
+    bad, told = BadRows(fold=True), []
     for place, row in found:
-        if isinstance(row, str):
-            bad.append((place, row))
-        else:
+        if not isinstance(row, str):
             records.append(row)
-    if on_bad_row == "skip":
-        skipped += bad
-    elif bad:
-        lines = [f"{len(bad)} of {len(records) + len(bad)} rows are not usable:"]
-        lines += [f"{place}: {reason}" for place, reason in bad[:ERRORS_SHOWN]]
-        rest = f"... and {len(bad) - ERRORS_SHOWN} more; " if len(bad) > ERRORS_SHOWN else ""
-        if any(reason.startswith("label: ") and " is not one of " in reason for _, reason in bad):
+        elif on_bad_row == "skip":
+            skipped.append((place, row))
+        else:
+            told += bad.lines(place, row)
+    if bad.count:
+        count = f"{bad.count} of {len(records) + bad.count} rows are not usable:"
+        if any(": label: " in line and " is not one of " in line for line in told):
             hint += "; `labels` in a classifier's config names the classes, as in labels=bad,fair,good"
         if on_bad_row:
             hint += "; on_bad_row=skip leaves them out"
-        lines.append(f"{rest}{hint}")
-        raise UserError("\n".join(lines))
+        raise UserError("\n".join([count, *told, *bad.rest(), hint]))
     return records
 
 

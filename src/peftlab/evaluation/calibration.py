@@ -28,25 +28,25 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return 2.0 / (low + high)
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
+def reliability(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
     """One row for each equal-width bin of the top probability that holds rows: its edges, rows, and the mean
     confidence and accuracy in it."""
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    bin_of = np.minimum((confidence * BINS).astype(int), BINS - 1)
     table = []
-    for b in range(bins):
+    for b in range(BINS):
         inside = bin_of == b
         if inside.any():
             table.append({
-                "low": b / bins, "high": (b + 1) / bins, "rows": int(inside.sum()),
+                "low": b / BINS, "high": (b + 1) / BINS, "rows": int(inside.sum()),
                 "confidence": float(confidence[inside].mean()), "accuracy": float(correct[inside].mean()),
             })
     return table
 
 
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
+def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Gap between accuracy and mean confidence of each bin, averaged over rows (Guo et al. 2017)."""
-    table = reliability(probabilities, labels, bins)
+    table = reliability(probabilities, labels)
     return sum(row["rows"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(labels)
 
 

@@ -23,7 +23,7 @@ class Explanations:
 
     answers: list[str]
     scores: dict[str, np.ndarray]
-    stopped: np.ndarray
+    ended: np.ndarray
 
     def metrics(self) -> dict[str, float]:
         """The mean of each column: of rubric/all, the share of answers for which every part is 1."""
@@ -34,7 +34,7 @@ class Explanations:
         return {name: bootstrap_mean(values) for name, values in self._columns().items()}
 
     def _columns(self) -> dict[str, np.ndarray]:
-        return {**self.scores, "eval/eos_fraction": self.stopped}
+        return {**self.scores, "eval/eos_fraction": self.ended}
 
 
 def rubric_columns(
@@ -50,7 +50,6 @@ def evaluate_explanations(
     sampler: Sampler,
     records: Sequence[Prompt | PromptCompletion],
     decoding: Decoding = GREEDY,
-    seed: int = 0,
     batch_size: int = 32,
 ) -> Explanations:
     """One answer to each record's prompt, scored. Records need labels (imdb-explanations:test as prompts or as sft).
@@ -64,11 +63,11 @@ def evaluate_explanations(
     if long is not None:
         raise UserError(f"row {long}: its prompt leaves no room for {decoding.max_new_tokens} new tokens of context")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    answers, stopped = [""] * len(rows), np.zeros(len(rows))
+    answers, ended = [""] * len(rows), np.zeros(len(rows))
     for start in batch_starts(len(order), batch_size):
         batch = order[start : start + batch_size]
-        samples = sampler.sample([rows[i] for i in batch], [seed + i for i in batch], decoding)
-        ends = samples.ended.tolist()
-        for i, text, ended in zip(batch, sampler.texts(samples), ends, strict=True):
-            answers[i], stopped[i] = text, float(ended)
-    return Explanations(answers, rubric_columns([record.prompt for record in records], answers, records), stopped)
+        samples = sampler.sample([rows[i] for i in batch], batch, decoding)
+        ended[batch] = samples.ended.cpu().numpy()
+        for i, text in zip(batch, sampler.texts(samples), strict=True):
+            answers[i] = text
+    return Explanations(answers, rubric_columns([record.prompt for record in records], answers, records), ended)

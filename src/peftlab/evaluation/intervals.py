@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+SEED = 0  # of every bootstrap: the same figures have the same interval
 
-def bootstrap_mean(
-    values: np.ndarray, groups: np.ndarray | None = None, seed: int = 0, draws: int = 2000
-) -> tuple[float, float]:
+
+def bootstrap_mean(values: np.ndarray, groups: np.ndarray | None = None, draws: int = 2000) -> tuple[float, float]:
     """95% percentile interval of the mean. values (N,); `groups` (N,) resamples whole groups (clusters by prompt)."""
     values = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     if groups is None:
         sums, sizes = values, np.ones_like(values)
     else:
@@ -23,15 +23,13 @@ def bootstrap_mean(
     return float(low), float(high)
 
 
-def bootstrap_rows(
-    metric: Callable[[np.ndarray], float], rows: int, seed: int = 0, draws: int = 500
-) -> tuple[float, float]:
+def bootstrap_rows(metric: Callable[[np.ndarray], float], rows: int, draws: int = 500) -> tuple[float, float]:
     """95% percentile interval of any metric of a set of rows; `metric` takes row numbers (with repeats).
 
     Less the bias of resampling, mean of the draws - metric (Efron and Tibshirani 1993, chapter 10): a calibration
     error grows with every row that is drawn twice, and its plain percentiles can all lie above it.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     found = np.array([metric(rng.integers(0, rows, rows)) for _ in range(draws)])
     low, high = np.percentile(found, [2.5, 97.5]) - (found.mean() - metric(np.arange(rows)))
     return float(low), float(high)

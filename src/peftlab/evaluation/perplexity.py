@@ -12,6 +12,7 @@ from ..data.collate import collate_language
 from ..data.tokenize import IGNORED, Row
 from ..ops.logprobs import token_logprobs
 from ..runs.progress import batch_starts
+from .intervals import SEED
 
 
 @torch.no_grad()
@@ -38,9 +39,9 @@ def perplexity(sums: np.ndarray, counts: np.ndarray) -> float:
     return float(np.exp(sums.sum() / counts.sum()))
 
 
-def perplexity_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0, draws: int = 1000) -> tuple[float, float]:
+def perplexity_interval(sums: np.ndarray, counts: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     """95% bootstrap interval over rows."""
-    picks = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    picks = np.random.default_rng(SEED).integers(0, len(sums), (draws, len(sums)))
     low, high = np.percentile(np.exp(sums[picks].sum(1) / counts[picks].sum(1)), [2.5, 97.5])
     return float(low), float(high)
 

@@ -24,7 +24,8 @@ Measure = Callable[[Sequence[str], Sequence[str], Sequence[Any]], dict[str, np.n
 
 @dataclass(frozen=True)
 class Side:
-    """N completions of one side, each array (N,): summed exact KL, summed NLL under the reference, summed entropy.
+    """N completions of one side, each array (N,): exact KL, NLL under the reference and entropy, in nats summed over a
+    completion; lengths in tokens; whether EOS was sampled.
 
     `measured` is what a task measures by; `clusters` tells rows of one prompt; None where each has its own, or all one.
     """
@@ -39,6 +40,7 @@ class Side:
     clusters: np.ndarray | None = None
 
     def metrics(self) -> dict[str, float]:
+        """Means over the completions by the registry's names; of the entropy, over their tokens."""
         tokens = float(self.lengths.sum())
         return {
             **{name: float(values.mean()) for name, values in self.measured.items()},
@@ -79,7 +81,8 @@ def evaluate_side(
 ) -> Side:
     """Sample one completion a prompt from a role (None = the reference) and measure it.
 
-    Row i has the same random draws on both sides. Leaves the sampler's copy at `role`, until a pass of another.
+    N prompts: their token lists, their `texts`, and the `records` that they came from. Row i has the same random draws
+    on both sides. Leaves the sampler's copy at `role`, until a pass of another.
     """
     roles.refresh(role)
     sampler = Sampler(roles.twin, roles.tokenizer)

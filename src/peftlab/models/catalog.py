@@ -93,16 +93,20 @@ def resolve(name: str) -> Entry:
         return Entry(name, known.kind, path, known.licence, _size(path), "wheel")
     if name in _bundled():
         return _folder(name, BUNDLED / name, "MIT", "bundled")
-    if name and _is_folder(name):
+    if _is_folder(name):
         return _folder(name, Path(name), "unknown", "path")
-    require_known(name)
+    _require_hub_id(name)
     return _from_hub(name)
 
 
 def require_known(name: str) -> None:
     """UserError where a name is neither one of the lab's nor a folder, and no Hub id; no torch, and no Hub is asked."""
-    if name in known_names() or name and _is_folder(name):
-        return
+    if name not in known_names() and not _is_folder(name):
+        _require_hub_id(name)
+
+
+def _require_hub_id(name: str) -> None:
+    """UserError where a name that means nothing here can be no Hub id either, or is nearly one of the lab's."""
     run = name.removeprefix("runs/")
     command = "" if _is_run(RUNS / run) else command_for(run)  # a run that is there is hinted at below
     if command or not name or "\0" in name or name.startswith((".", "/", "~", "runs/")):
@@ -157,7 +161,7 @@ def _is_run(folder: Path) -> bool:
 
 def _is_folder(name: str) -> bool:
     try:
-        return Path(name).is_dir()
+        return bool(name) and Path(name).is_dir()
     except OSError:  # a name too long for the file system
         return False
 

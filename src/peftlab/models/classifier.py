@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.collate import collate_tokens
 from ..errors import UserError, with_article
 from ..runs.progress import batch_starts
 from .adapter_files import load_stack
@@ -74,7 +75,7 @@ def classify_texts(
     model.eval()
     parts = []
     for start in batch_starts(len(order), batch_size):
-        batch = pad_right([rows[i] for i in order[start : start + batch_size]], tokenizer.pad_token_id)
+        batch = collate_tokens([rows[i] for i in order[start : start + batch_size]], tokenizer.pad_token_id)
         parts.append(model(**{name: t.to(device) for name, t in batch.items()}).logits.float().cpu())
     model.train(was_training)
     result = torch.empty_like(torch.cat(parts))
@@ -88,11 +89,3 @@ def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[i
     head = max_length // 2
     rows = tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"] if texts else []
     return [ids if len(ids) <= max_length else [*ids[:head], *ids[head - max_length :]] for ids in rows]
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """Token lists -> input_ids and attention_mask, (B, longest). An empty row counts as one pad."""
-    width = max(1, *map(len, rows))
-    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
-    mask = torch.tensor([[1] * max(1, len(row)) + [0] * (width - max(1, len(row))) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}

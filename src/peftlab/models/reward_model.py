@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..data.collate import collate_tokens
 from ..data.tokenize import encode
 from ..errors import UserError, with_article
 from ..runs.checkpoint import whole_folder
@@ -25,7 +26,6 @@ from .adapters import Lora, activate, adapter_parameters, attach, only
 from .backbone import Backbone, at_last, last_states, trunk
 from .captured import CAPTURED_TOKENS, CapturedStates, capturable, padded
 from .catalog import resolve
-from .classifier import pad_right
 from .heads import ScalarHead, reward_head
 from .reward_scale import Scale
 from .stacks import Stack, read_stack, same_ground, write_stack
@@ -178,7 +178,7 @@ class RewardModel:
             self.net.use(member)
             for start in batch_starts(len(order), batch_size):
                 part = order[start : start + batch_size]
-                batch = pad_right([rows[i] for i in part], self.tokenizer.pad_token_id)
+                batch = collate_tokens([rows[i] for i in part], self.tokenizer.pad_token_id)
                 found[part, member] = self.net.score(**{n: t.to(device) for n, t in batch.items()}).float().cpu()
         return found
 

@@ -17,10 +17,7 @@ def not_finite(named: dict[str, Tensor]) -> list[str]:
     return [name for name, good in zip(named, fine, strict=True) if not good]
 
 
-def first_not_finite(tensor: Tensor) -> tuple[list[int], float] | None:
-    """Index and value of the first entry that is NaN or infinite; None where all are finite."""
-    found = (~torch.isfinite(tensor.detach())).nonzero()
-    if not len(found):
-        return None
-    index = found[0].tolist()
+def first_not_finite(tensor: Tensor) -> tuple[list[int], float]:
+    """Index and value of the first entry that is NaN or infinite, of a tensor that holds one."""
+    index = (~torch.isfinite(tensor.detach())).nonzero()[0].tolist()
     return index, float(tensor[tuple(index)])

@@ -13,20 +13,21 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from ..data.collate import collate_tokens
 from ..errors import UserError
 from ..evaluation.calibration import confusion, fit_temperature, reliability, surest_errors
 from ..evaluation.classification import classification_intervals, classification_metrics
 from ..models.adapter_files import save_adapter
 from ..models.adapters import LoraVariants, adapter_parameters, attach
 from ..models.backbone import Backbone, load_backbone
-from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, own_labels, pad_right
+from ..models.classifier import LABEL_NAMES, TextClassifier, classify_texts, encode, own_labels
 from ..models.stacks import Stack
 from ..runs.atomic import write_json
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
 from .common import (
-    load_recorded,
+    load_both,
     load_rows,
     note_model,
     require_gradients,
@@ -77,8 +78,7 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             note_model(run, key, name)
         tokenizer = backbone.tokenizer
         labels = own_labels(config.labels)
-        train = load_recorded(run, config, "train", "classify", labels).records
-        held_out = load_recorded(run, config, "eval", "classify", labels).records
+        train, held_out = load_both(run, config, "classify", labels)
         other = _classifier(config, "compare", config.compare) if config.compare else None
         model = attach(backbone.model, config.lora, ADAPTER, "classifier", config.model)
         require_gradients(adapter_parameters(model, ADAPTER))
@@ -205,7 +205,7 @@ def _probabilities(logits: torch.Tensor) -> np.ndarray:
 
 
 def _collate(batch: Any, pad_id: int) -> dict[str, torch.Tensor]:
-    padded = pad_right([row["input_ids"] for row in batch], pad_id)
+    padded = collate_tokens([row["input_ids"] for row in batch], pad_id)
     return padded | {"labels": torch.tensor([row["label"] for row in batch])}
 
 

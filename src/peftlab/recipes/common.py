@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data.overlap import leaked
 from ..data.sources import RecordSet, load_records, same_data
 from ..models.stacks import adapter_hash
 from ..runs.progress import Progress, say
@@ -65,6 +66,23 @@ def load_recorded(
         run.record_skipped(which, data.skipped)
         say(f"{data.name}: {len(data.skipped)} bad rows skipped; {run.path / 'skipped.jsonl'} lists them")
     return data
+
+
+def load_both(
+    run: RunDir, config: DataConfig, kind: str, labels: list[str] | None = None
+) -> tuple[list[Any], list[Any]]:
+    """The training and the held-out records, each by `load_recorded`; tells which are both."""
+    train, held_out = (load_recorded(run, config, which, kind, labels).records for which in ("train", "eval"))
+    note_leak(run, config.eval_data, train, held_out)
+    return train, held_out
+
+
+def note_leak(run: RunDir, spec: str, train: Sequence[Any], held_out: Sequence[Any]) -> None:
+    """Tells, and notes in the run, how many of the held-out records of `spec` are trained on."""
+    if found := leaked(train, held_out):
+        first, told = found[0].id, f"{len(found)} of {len(held_out)} held-out rows are trained on too"
+        run.event("held_out_rows_trained_on", data=spec, rows=len(found), first=first)
+        say(f"{spec}: {told}, the first with id {first}; the figures tell how well those are remembered")
 
 
 def note_data(run: RunDir, data: RecordSet, limit: int) -> None:

@@ -32,7 +32,7 @@ from ..training.dpo import (
 from ..training.trainer import LabTrainer
 from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
 from .common import (
-    load_recorded,
+    load_both,
     load_rows,
     note_model,
     resume_point,
@@ -84,8 +84,7 @@ def run(config: DpoConfig, run: RunDir) -> dict[str, Any]:
         note_model(run, "model", config.model, under.fingerprint)
         tokenizer = roles.tokenizer
         base_hash = roles.frozen_hash()
-        train = load_recorded(run, config, "train", "preferences").records
-        held_out = load_recorded(run, config, "eval", "preferences").records
+        train, held_out = load_both(run, config, "preferences")
         rows, test = rows_of(train, tokenizer, config), rows_of(held_out, tokenizer, config)
         # Loaded before training, so that a judge or data that is not there costs seconds.
         longest = longest_prompt(config, roles.model)

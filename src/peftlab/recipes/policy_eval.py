@@ -10,9 +10,9 @@ import numpy as np
 
 from ..data.tokenize import encode
 from ..errors import UserError
+from ..evaluation.diversity import self_bleu_4
 from ..evaluation.intervals import bootstrap_mean
 from ..evaluation.policy import Measure, Side, evaluate_side, perplexity_ratio
-from ..evaluation.self_bleu import self_bleu_4
 from ..evaluation.winrate import Scored, win_rate
 from ..models.adapter_files import load_stack
 from ..models.roles import POLICY, Roles

@@ -128,7 +128,9 @@ def _read(
         raise UserError(told[0])
     if bad.count:
         count = f"{path}: {bad.count} of {len(rows) + bad.count} rows are not usable:"
-        raise UserError("\n".join([count, *told, *bad.rest("the command with 2> FILE")]))
+        more = bad.rest()
+        everything = ["the command with 2> FILE lists every bad row"] if more else []
+        raise UserError("\n".join([count, *told, *more, *everything]))
     if not rows:
         raise UserError(f"--input {path}: holds no rows; give one JSON object a line, or a CSV or Parquet file")
     return rows

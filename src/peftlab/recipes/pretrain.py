@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from ..data.records import Text
-from ..data.sources import RecordSet
 from ..errors import UserError
 from ..evaluation.perplexity import perplexity, perplexity_interval
 from ..models.fresh import (
@@ -24,7 +24,7 @@ from ..runs.checkpoint import whole_folder
 from ..runs.rundir import RunDir
 from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.trainer import LabTrainer
-from .common import load_recorded, load_rows, resume_point, say_measures, seed_everything, trained_parameters
+from .common import load_both, load_rows, resume_point, say_measures, seed_everything, trained_parameters
 from .pretrain_card import Facts, card
 from .pretrain_tasks import Denoising, LanguageModelling, Task
 
@@ -70,8 +70,7 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
         if run.finished:
             return run.summary or {}
         seed_everything(config.seed)
-        train = _texts(load_recorded(run, config, "train", "sft"))
-        test = _texts(load_recorded(run, config, "eval", "sft"))
+        train, test = (_texts(records, config) for records in load_both(run, config, "sft"))
         tokenizer = train_tokenizer(config.architecture, train, config.vocab_size, config.max_length)
         task = _task(train, test, tokenizer, config)
         model = _model(len(tokenizer), config)
@@ -111,7 +110,7 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
 
 def plan(config: PretrainConfig) -> dict[str, Any]:
     """Sizes of the job; the tokenizer is not trained, so tokens are estimated at 4.6 characters each."""
-    texts = _texts(load_rows(config, "train", "sft"))
+    texts = _texts(load_rows(config, "train", "sft").records, config)
     with torch.device("meta"):
         parameters = trained_parameters(_model(config.vocab_size, config))
     lengths = [-(-len(text) // 4.6) for text in texts]
@@ -123,10 +122,11 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     return {**sizes, "steps (estimate)": total_steps(config, rows)}
 
 
-def _texts(data: RecordSet) -> list[str]:
-    texts = [r.text for r in data.records if isinstance(r, Text)]
-    if len(texts) < len(data.records):
-        raise UserError(f"data {data.name}: pretrain takes rows of `text`; sft learns from prompts with completions")
+def _texts(records: Sequence[Any], config: PretrainConfig) -> list[str]:
+    texts = [r.text for r in records if isinstance(r, Text)]
+    if len(texts) < len(records):
+        specs = f"{config.train_data}, {config.eval_data}"
+        raise UserError(f"data {specs}: pretrain takes rows of `text`; sft learns from prompts with completions")
     return texts
 
 

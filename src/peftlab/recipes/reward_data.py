@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..data.collate import collate_tokens
 from ..data.records import PreferencePair
 from ..errors import UserError
 from ..evaluation.pairs import rubric_parts, texts_of
-from ..models.classifier import pad_right
 from ..models.reward_model import RewardModel
 
 FEWEST_TO_CALIBRATE = 100
@@ -89,7 +89,7 @@ def pair_tokens(rows: Sequence[dict[str, Any]]) -> int:
 
 def collate_answers(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """2B rows of tokens, chosen answers first, then the rejected ones, padded behind; labels (B, 1) or (B, 2)."""
-    padded = pad_right([row["chosen"] for row in rows] + [row["rejected"] for row in rows], pad_id)
+    padded = collate_tokens([row["chosen"] for row in rows] + [row["rejected"] for row in rows], pad_id)
     return padded | {"labels": torch.tensor([row["target"] for row in rows])}
 
 

@@ -32,7 +32,7 @@ from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
 from ..sampling.sampler import Decoding, Sampler
 from .before_after import before_after, longest_prompt, policy_stack, prompt_batch
-from .common import note_function, note_model, resume_point, say_measures
+from .common import note_function, note_leak, note_model, resume_point, say_measures
 from .several import of_first
 from .tasks import TASKS
 from .tasks.config import TaskConfig
@@ -79,7 +79,9 @@ class PolicyConfig(TaskConfig):
     record_every: int = Field(10, ge=1, description="steps between recorded rollouts, of exact KL")
 
     @model_validator(mode="after")
-    def _style_acts(self) -> Self:
+    def _style_and_target_act(self) -> Self:
+        if self.kl_target and not self.kl_coef:
+            raise ValueError("kl_coef: 0 stays 0, since kl_target multiplies it; give a start, or no kl_target")
         if self.style and "rubric:style" not in self.reward:
             raise ValueError("style: its patterns count where reward names rubric:style; add it there, with a weight")
         return self
@@ -129,6 +131,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
     tokenizer, longest = roles.tokenizer, longest_prompt(config, roles.model)
     train = prompt_batch(run, config, config.train_data, tokenizer, longest)
     held_out = prompt_batch(run, config, config.eval_data, tokenizer, longest, config.eval_prompts)
+    note_leak(run, config.eval_data, train.records, held_out.records)
     measure = TASKS[config.task].measure(run, config)
     sampler = Sampler(roles.twin, tokenizer)
     decoding = Decoding(config.max_new_tokens, config.temperature)
@@ -139,7 +142,7 @@ def prepare(config: PolicyConfig, run: RunDir, roles: Roles, backbone: Backbone,
         measured = of_first(lambda: _normalised(reward, sampler, train, decoding, config.seed).state())
         reward = reward.with_state(measured)
         with all_or_none():
-            _score_one(reward, sampler, held_out, decoding, config.seed)
+            _score_two(reward, sampler, held_out, decoding, config.seed)
     else:
         reward = reward.with_state(state["reward"])
     return Job(roles, under, base_hash, train, held_out, measure, reward, sampler, decoding, state)
@@ -269,10 +272,14 @@ def _normalised(reward: Reward, sampler: Sampler, train: PromptBatch, decoding: 
     return reward.normalise(some.texts, sampler.texts(samples), some.records)
 
 
-def _score_one(reward: Reward, sampler: Sampler, held_out: PromptBatch, decoding: Decoding, seed: int) -> None:
-    """A reward that fails on evaluation prompts, as one that asks for a label they lack, fails before the training."""
-    completions = sampler.texts(sampler.sample(held_out.token_ids[:1], [seed], decoding))
-    reward(held_out.texts[:1], completions, held_out.records[:1])
+def _score_two(reward: Reward, sampler: Sampler, held_out: PromptBatch, decoding: Decoding, seed: int) -> None:
+    """A reward that fails on evaluation prompts, as one that asks for a label they lack, fails before the training.
+
+    Two answers, to the same prompt where there is one: a single number for all would pass for that of one answer.
+    """
+    some = held_out.take([0, len(held_out.texts) - 1])
+    completions = sampler.texts(sampler.sample(some.token_ids, [seed, seed], decoding))
+    reward(some.texts, completions, some.records)
 
 
 def _batch(prompts: PromptBatch, step: int, config: PolicyConfig) -> PromptBatch:

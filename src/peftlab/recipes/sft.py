@@ -23,7 +23,7 @@ from ..training.sampler import row_length
 from ..training.trainer import LabTrainer
 from .common import (
     fitting_rows,
-    load_recorded,
+    load_both,
     load_rows,
     note_model,
     require_gradients,
@@ -63,8 +63,7 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
         backbone, under = _base(config)
         note_model(run, "model", config.model, backbone.fingerprint)
         tokenizer = backbone.tokenizer
-        train = load_recorded(run, config, "train", "sft").records
-        held_out = load_recorded(run, config, "eval", "sft").records
+        train, held_out = load_both(run, config, "sft")
         rows, test = labelled(rows_of(train, tokenizer, config)), rows_of(held_out, tokenizer, config)
         if not rows:
             raise UserError(f"train_data {config.train_data}: no text has two tokens, of which the second is learned")

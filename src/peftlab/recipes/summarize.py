@@ -29,7 +29,7 @@ from ..training.arguments import TrainConfig, total_steps, training_arguments
 from ..training.sampler import pair_length
 from ..training.trainer import LabTrainer
 from .common import (
-    load_recorded,
+    load_both,
     load_rows,
     note_model,
     require_gradients,
@@ -82,8 +82,8 @@ def run(config: SummarizeConfig, run: RunDir) -> dict[str, Any]:
         backbone = load_backbone(config.model, "seq2seq", device=config.device)
         note_model(run, "model", config.model, backbone.fingerprint)
         tokenizer, form = backbone.tokenizer, _form(config)
-        rows = form.rows(load_recorded(run, config, "train", "summarize").records, tokenizer)
-        held_out = load_recorded(run, config, "eval", "summarize").records
+        train, held_out = load_both(run, config, "summarize")
+        rows = form.rows(train, tokenizer)
 
         say_measures(run)
         before = Measured(backbone.model, tokenizer, form, held_out)

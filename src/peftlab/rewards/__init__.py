@@ -1,1 +1,1 @@
-"""What an answer is worth: classifier rewards and any Python function, weighted and normalised."""
+"""What an answer is worth: classifiers, reward models, a rubric and any Python function, weighted and normalised."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LabError, PeftlabError, UserError, brief, did_you_mean
+from ..ops.finite import first_not_finite
 from ..runs.names import NAME
 
 # (prompts, completions, records) -> one number per completion, or {part name: numbers}.
@@ -91,8 +92,8 @@ class Reward:
                     "return a number for each"
                 )
             if not torch.isfinite(values).all():
-                row = int((~torch.isfinite(values)).nonzero()[0])
-                raise LabError(f"reward part {name}: {float(values[row])} for completion {row}: {completions[row]!r}")
+                (row,), value = first_not_finite(values)
+                raise LabError(f"reward part {name}: {value} for completion {row}: {completions[row]!r}")
             result[name] = values
         return result
 

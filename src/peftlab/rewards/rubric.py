@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data.explanations import occurs, quotations, reason_of, review_of, stated_label
-from ..data.overlap import words
+from ..data.overlap import ngrams, words
 from ..errors import LabError, UserError
 
 Part = Callable[[Sequence[str], Sequence[str], Sequence[Any]], list[float]]
@@ -74,9 +74,8 @@ def repetition(prompts: Sequence[str], completions: Sequence[str], records: Sequ
     """Distinct word 3-grams over all of the answer's: 1 where nothing is said twice, 1 for fewer than three words."""
     scores = []
     for text in completions:
-        spoken = words(text)
-        grams = list(zip(spoken, spoken[1:], spoken[2:], strict=False))
-        scores.append(len(set(grams)) / len(grams) if grams else 1.0)
+        grams = ngrams(words(text), 3)
+        scores.append(len(grams) / grams.total() if grams else 1.0)
     return scores
 
 

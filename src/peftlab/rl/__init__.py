@@ -1,1 +1,1 @@
-"""Reinforcement learning on adapters: rollouts, PPO, KL controllers."""
+"""Reinforcement learning on adapters: rollouts, PPO, RLOO, KL controllers."""

@@ -29,5 +29,6 @@ class AdaptiveKL:
     horizon: float
 
     def update(self, kl: float, episodes: int) -> None:
+        """`kl`: nats per completion of this step; `episodes`: completions in it."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * min(episodes / self.horizon, 1.0)

@@ -12,7 +12,7 @@ from .rollout import Rollout
 def require_finite(step: int, rollout: Rollout, sites: dict[str, Tensor]) -> None:
     """LabError for NaN or infinity in `sites`, each (B,) or (B, C), as a row of the rollout and a token of it."""
     for site in not_finite(sites):
-        (row, *token), value = first_not_finite(sites[site]) or ([0], 0.0)
+        (row, *token), value = first_not_finite(sites[site])
         place = f"completion {row}" + "".join(f", token {t}" for t in token)
         prompt = rollout.prompts.texts[row]
         raise LabError(f"step {step}: {site} is {value} at {place}, of prompt {prompt!r}; the weights were not updated")

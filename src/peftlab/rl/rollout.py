@@ -13,7 +13,7 @@ from ..errors import LabError
 from ..models.roles import Roles
 from ..ops import ranks
 from ..ops.kl import exact_kl, k1, k2, k3
-from ..ops.masks import masked_sum
+from ..ops.masks import last_true, masked_sum
 from ..sampling.sampler import Decoding, Sampler, Samples
 
 # Prompt and completion tokens of one pass, unless told: with gradients, smollm2-135m keeps .8 MB a token on CUDA and
@@ -79,10 +79,12 @@ class Rollout:
 
     @property
     def ids(self) -> Tensor:
+        """(B, P + C)"""
         return torch.cat([self.prompt_ids, self.completion_ids], 1)
 
     @property
     def mask(self) -> Tensor:
+        """(B, P + C)"""
         return torch.cat([self.prompt_mask, self.completion_mask], 1)
 
 
@@ -217,8 +219,7 @@ def shaped_rewards(rollout: Rollout, kl_coef: float, eos_penalty: float = 0.0) -
     mask = rollout.completion_mask
     rewards = -kl_coef * (rollout.logprobs - rollout.ref_logprobs) * mask
     scores = rollout.scores - eos_penalty * ~rollout.ended
-    last = mask.sum(1).clamp(min=1) - 1
-    return rewards.scatter_add(1, last.unsqueeze(1), scores.unsqueeze(1))
+    return rewards.scatter_add(1, last_true(mask).unsqueeze(1), scores.unsqueeze(1))
 
 
 def describe(rollout: Rollout) -> dict[str, float]:
@@ -242,13 +243,15 @@ def describe(rollout: Rollout) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """The two invariants of a run that starts right. `ratio_limit` is the declared limit of the dtype and device."""
+    """The two invariants of a run that starts right, as `first_step` measures them. `ratio_limit` is the declared limit
+    of the dtype and device."""
 
     kl: float
     ratio_error: float
     ratio_limit: float
 
     def metrics(self) -> dict[str, float]:
+        """Both, by their names in the registry."""
         return {"invariant/first_kl": self.kl, "invariant/first_ratio_error": self.ratio_error}
 
     def check(self) -> None:
@@ -271,7 +274,7 @@ def first_step(
 ) -> FirstStep:
     """Measure both invariants on a rollout taken before the first update.
 
-    first_kl: summed exact KL between adapters-on and adapters-off logits, the largest completion of the batch.
+    first_kl: summed exact KL between adapters-on and adapters-off logits, of the completion where it is largest.
     first_ratio_error: max |exp(recomputed - sampled) - 1| over counted tokens.
     """
     largest = torch.zeros(2, device=rollout.logprobs.device)

@@ -84,6 +84,7 @@ class PolicyTrainer(Generic[Settings]):
         one_kernel = roles.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=one_kernel)
         self.peak_lrs = [lr for _, lr in learned]
+        self.trainable = [parameter for parameters, _ in learned for parameter in parameters]
 
     def learned(self) -> list[tuple[list[nn.Parameter], float]]:
         """The groups of parameters that learn, each with its peak learning rate."""
@@ -112,9 +113,11 @@ class PolicyTrainer(Generic[Settings]):
             rollout = gathered(mine, prompts)
         except LabError as error:  # a reward's, which knows no steps
             raise LabError(f"step {step}: {error}; the weights were not updated") from error
-        named = {"logprob": rollout.logprobs, "ref_logprob": rollout.ref_logprobs, "score": rollout.scores}
-        kl = {} if rollout.exact_kl is None else {"exact_kl": rollout.exact_kl}
-        require_finite(step, rollout, named | {"value": rollout.values} | kl)
+        sites = {"logprob": rollout.logprobs, "ref_logprob": rollout.ref_logprobs, "score": rollout.scores}
+        sites["value"] = rollout.values
+        if rollout.exact_kl is not None:
+            sites["exact_kl"] = rollout.exact_kl
+        require_finite(step, rollout, sites)
         return rollout
 
     def check_first(self, rollout: Rollout) -> None:
@@ -137,14 +140,13 @@ class PolicyTrainer(Generic[Settings]):
         any minibatch is not finite, the weights are put back to what they were before the step: LabError.
         """
         self._schedule()
-        learned = [p for group in self.optimizer.param_groups for p in group["params"]]
-        before = [parameter.detach().clone() for parameter in learned]
+        before = [parameter.detach().clone() for parameter in self.trainable]
         try:
             stats = self._epochs(rollout, minibatch)
             require_finite_weights(self.steps_done + 1, self.roles.state())
         except LabError as error:
             with torch.no_grad():
-                for parameter, kept in zip(learned, before, strict=True):
+                for parameter, kept in zip(self.trainable, before, strict=True):
                     parameter.copy_(kept)
             self.roles.refresh()  # passes of this step may have merged what is taken back
             raise LabError(f"{error}; the weights are those before the step") from None
@@ -189,9 +191,8 @@ class PolicyTrainer(Generic[Settings]):
                 totals[name] = totals.get(name, 0.0) + figure.detach() * (share if of_loss else tokens)
         for parameter in held:
             parameter.grad = None
-        trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        ranks.add_up([p.grad for p in trainable if p.grad is not None] + list(totals.values()))
-        norm = torch.nn.utils.clip_grad_norm_(trainable, self.settings.max_grad_norm)
+        ranks.add_up([p.grad for p in self.trainable if p.grad is not None] + list(totals.values()))
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.settings.max_grad_norm)
         return totals | {"policy/grad_norm": norm}
 
     def policy_tokens(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,6 +234,7 @@ class PolicyTrainer(Generic[Settings]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
         self.roles.load_state(state["roles"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])

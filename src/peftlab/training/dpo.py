@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..data.collate import pad_right
 from ..errors import LabError
 from ..models.roles import Roles
 from ..ops import ranks
@@ -49,14 +50,9 @@ def collate_pairs(rows: Sequence[PairRow], pad_id: int) -> dict[str, Tensor]:
     nothing at all, and cuDNN's attention in bfloat16 may give such a mask NaN gradients (pytorch/pytorch#196678).
     """
     pairs = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows]
-    length = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    ids = torch.full((len(pairs), length), pad_id)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        mask[row, len(prompt) : end] = True
-    return {"ids": ids, "completion_mask": mask}
+    ids = pad_right([prompt + answer for prompt, answer in pairs], pad_id)
+    mask = pad_right([[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs], 0)
+    return {"ids": ids, "completion_mask": mask.bool()}
 
 
 @dataclass(frozen=True)
