@@ -163,7 +163,7 @@ def test_a_resume_of_a_run_that_left_nothing_says_why_and_what_starts_it(shop, t
     runs, bad = Path("runs"), pairs(shop, "sft", "seed=5")
     stop(monkeypatch, "sft", pairs(shop, "sft"), runs, "other")
     with monkeypatch.context() as full:
-        full.setattr(sft, "load_recorded", Mock(side_effect=LabError("the disk is full")))
+        full.setattr(sft, "load_both", Mock(side_effect=LabError("the disk is full")))
         with pytest.raises(LabError, match="the disk is full"):
             launch("sft", None, bad, runs, "mine")
         with pytest.raises(UserError) as refused:
