@@ -83,7 +83,7 @@ def loaded(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "line", ["--help", "--version", "sft --help", "configs", "data check rows.jsonl --for classify", "runs"]
+    "line", ["--help", "--version", "sft --help", "configs", "data check rows.jsonl --for classify", "runs", "models"]
 )
 def test_what_needs_no_model_loads_no_library(line, place):
     tiny.write_rows(place / "rows.jsonl", tiny.reviews(4))
@@ -268,6 +268,10 @@ def test_a_dry_run_prints_config_and_sizes_and_leaves_nothing(verb, shop, place)
     assert load_config(load(verb).CONFIG, "shown.toml").model_dump(mode="json") == plan.pop("config")
     (place / "shown.toml").unlink()
     assert [key for key in plan if f"\n{key}  " in sizes] == list(plan), "a size a line"
+    for key, size in plan.items():
+        if key.startswith("bytes"):
+            line = re.search(rf"^{re.escape(key)}  (.*)$", sizes, re.M)[1]
+            assert len(re.findall(r"\d\.\d [kMG]B", line)) == (len(size) if isinstance(size, dict) else 1), line
     assert list(place.iterdir()) == []
 
 
@@ -341,6 +345,7 @@ def test_predict_answers_each_row_in_order_under_its_id(place):
         assert answer.keys() == {"id", "label", "label_name", "probabilities"}
         assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert answer["label"] == answer["probabilities"].index(max(answer["probabilities"]))
+        assert all(float(f"{p:.6g}") == p for p in answer["probabilities"]), "no digits that a float32 has not"
     alone = json.loads(told(f"predict imdb-sentiment --device cpu --text '{texts[1]}'"))
     assert alone["id"] == 0
     assert alone["probabilities"] == pytest.approx(answers[1]["probabilities"], abs=1e-5)

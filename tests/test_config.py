@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from peftlab.config import Config, keys, load_config, shipped_configs, to_toml
 from peftlab.errors import UserError
+from peftlab.recipes import load
 
 
 class Table(Config):
@@ -125,6 +126,18 @@ def test_a_wrong_override_is_named(pair, words):
         load_config(Job, None, [pair])
     assert all(word in str(told.value) for word in words)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rate", "lr"), ("lerning_rate", "lr"), ("stesp", "max_steps"), ("data", "train_data"),
+        ("eval_dat", "eval_data"), ("batchsize", "batch_size"),
+    ],
+)  # fmt: skip
+def test_a_slip_in_the_name_that_another_library_gives_a_key_names_ours(key, meant):
+    with pytest.raises(UserError, match=f"unknown key {key}; did you mean {meant}\\?"):
+        load_config(load("sft").CONFIG, None, [f"{key}=1"])
 
 
 def test_every_wrong_key_is_named_at_once(tmp_path):

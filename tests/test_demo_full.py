@@ -16,6 +16,7 @@ from peftlab.config import load_config, shipped_configs, to_toml
 from peftlab.data import sources
 from peftlab.data.records import SummaryPair
 from peftlab.errors import Interrupted
+from peftlab.models.catalog import named, resolve
 from peftlab.recipes import demo, load, summarize
 from peftlab.recipes.common import load_rows
 from peftlab.recipes.launch import launch
@@ -90,8 +91,14 @@ def test_a_full_demo_runs_every_stage_and_tells_of_each(place):
     assert len(samples) == sum(stage.shown for stage in demo.FULL)
     assert all(re.search(r"^ after ", sample, re.M) for sample in samples)
 
-    named = re.findall(r"[\w./-]+\.jsonl", re.search(r"^Texts: (.*)$", outcome.out, re.M)[1])
-    samples, pairs = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in named)
+    told = dict(re.findall(r"^\[(\d of 6)\] (\w+): .+, \S+ before, \S+ after$", outcome.out, re.M))
+    assert told == {f"{number} of 6": name for number, name in enumerate(NAMES, 1)}
+    assert re.findall(r"^─+ (\w+), (\d) of 6 ─+$", outcome.out, re.M) == [(n, str(i)) for i, n in enumerate(NAMES, 1)]
+    talk = re.search(r"^Talk to it: .*peftlab chat (\S+)$", outcome.out, re.M)[1]
+    assert talk == "demo-full/ppo" and resolve(named(talk)).path == Path("runs/demo-full/ppo/adapter")
+
+    files = re.findall(r"[\w./-]+\.jsonl", re.search(r"^Texts: (.*)$", outcome.out, re.M)[1])
+    samples, pairs = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in files)
     assert {row["side"] for row in samples} == {"before", "after"} and all("completion" in row for row in samples)
     assert all({"prompt", "chosen", "rejected"} <= row.keys() for row in pairs)
 

@@ -89,6 +89,8 @@ def test_a_bare_resume_takes_the_run_that_was_stopped(shop, tmp_path, monkeypatc
     assert (summary["run"], summary["status"]) == ("sft", "done")
     said = capsys.readouterr().err
     assert said.startswith("sft: resuming this run\n") and "sft: goes on after step 1\n" in said
+    assert "sft: measures the model as it was before the first step, to compare with; then goes on\n" in said
+    assert "as it is" not in said
     assert launch("sft", None, good, tmp_path, resume=True)["run"] == "sft"
     (end,) = [row["time"] for row in read_rows(tmp_path / "sft/events.jsonl") if row["kind"] == "finish"][-1:]
     since = f"{end[:10]} {end[11:16]}Z"
@@ -161,7 +163,7 @@ def test_a_resume_of_a_run_that_left_nothing_says_why_and_what_starts_it(shop, t
     runs, bad = Path("runs"), pairs(shop, "sft", "seed=5")
     stop(monkeypatch, "sft", pairs(shop, "sft"), runs, "other")
     with monkeypatch.context() as full:
-        full.setattr(sft, "load_recorded", Mock(side_effect=LabError("the disk is full")))
+        full.setattr(sft, "load_both", Mock(side_effect=LabError("the disk is full")))
         with pytest.raises(LabError, match="the disk is full"):
             launch("sft", None, bad, runs, "mine")
         with pytest.raises(UserError) as refused:

@@ -87,6 +87,13 @@ def test_without_skip_a_bad_row_stops_run_and_dry_run(verb, shop):
     assert sizes["rows"] > 0
 
 
+def test_rows_of_a_job_that_has_no_key_for_bad_ones_are_refused_without_it(shop, tmp_path):
+    bad = tiny.write_rows(tmp_path / "bad.jsonl", [{"prompt": "The film"}, {"prompt": ""}])
+    with pytest.raises(UserError, match="1 of 2 rows are not usable") as caught:
+        dry_run("ppo", None, tiny.overrides(shop, "ppo", f"train_data={bad}", "task=custom", "reward=rubric:length"))
+    assert str(caught.value).endswith(" lists them all")
+
+
 def test_a_run_that_skipped_may_be_resumed_and_one_that_failed_begun_again(shop):
     keys = (f"train_data={shop['mine']}", f"eval_data={shop['mine_test']}", "on_bad_row=skip")
     run = trained(shop, "classify", "again", *keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pkgutil
 import shlex
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from peftlab import cli
 from peftlab.errors import Interrupted, LabError
 from peftlab.recipes.launch import launch
 from peftlab.runs.atomic import read_rows
-from peftlab.runs.rundir import RunDir
+from peftlab.runs.rundir import RunDir, vacant
 
 # Six batches an epoch or ten, so that each stop below is in the middle of one; where there is dropout, it draws from
 # the global generator.
@@ -145,6 +146,44 @@ def test_a_run_that_broke_resumes_from_its_newest_checkpoint(shop, whole, tmp_pa
     assert max(row["step"] for row in logged(run)) == last
     newest = run / "checkpoints" / f"step-{keep:08d}"
     assert newest.is_dir()
+    go(shop, verb, tmp_path, resume=True)
+    assert_same(run, whole[verb])
+
+
+@pytest.mark.parametrize(
+    ("verb", "place", "saved"),
+    [
+        ("sft", "peftlab.evaluation.perplexity.token_logprobs", []),
+        ("sft", "peftlab.evaluation.perplexity.token_logprobs", ["step-00000012", "step-00000016"]),
+        ("summarize", "peftlab.evaluation.targets.token_logprobs", []),
+        ("ppo", "peftlab.recipes.rl_common._score_two", []),
+        ("ppo", "peftlab.evaluation.policy.token_logprobs", ["step-00000004", "step-00000006"]),
+    ],
+)
+def test_a_stop_while_a_model_is_measured_is_obeyed_at_the_next_batch(
+    shop, whole, tmp_path, monkeypatch, capfd, verb, place, saved
+):
+    """Before the steps none is made for it; behind them the last one's checkpoint is there."""
+    run, measured, batches = tmp_path / verb, pkgutil.resolve_name(place.rpartition(".")[0]), []
+    work = getattr(measured, place.rpartition(".")[2])
+
+    def signalled(*given):
+        if sorted(path.name for path in (run / "checkpoints").glob("step-*")) == saved:
+            batches.append(given)
+            if len(batches) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return work(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, signalled)
+        with pytest.raises(Interrupted):
+            go(shop, verb, tmp_path)
+    assert len(batches) == 1
+    assert "stopping in a moment; nothing that was learned is lost; a second signal leaves" in capfd.readouterr().err
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
+    assert sorted(path.name for path in (run / "checkpoints").glob("*")) == saved
+    if not (saved or (run / "metrics.jsonl").exists()):
+        assert vacant(run), "the command may be typed again as it was, too"
     go(shop, verb, tmp_path, resume=True)
     assert_same(run, whole[verb])
 

@@ -96,6 +96,7 @@ def test_parts_of_the_rubric_and_functions_add_up(tmp_path, monkeypatch):
         ("p(rubric:length)", "p\\(rubric:length\\) is a probability.*write rubric:length"),
         ("p(nowhere:f)", "p\\(nowhere:f\\) is a probability.*write nowhere:f"),
         ("p(tiny-gpt2)", "not a classifier"),
+        ("0.5*p(tiny-gpt2", "p\\(tiny-gpt2 lacks its closing bracket; write p\\(tiny-gpt2\\)"),
     ],
 )
 def test_a_part_that_is_none_is_refused(line, words):

@@ -449,7 +449,10 @@ from pathlib import Path
 from peftlab.errors import Interrupted
 from peftlab.runs.rundir import RunDir
 run = RunDir.create(Path(sys.argv[1]), "job", "ppo", "a = 1")
-with run.session():
+with run.session(), run.stepping():
+    for step in map(int, sys.argv[3:]):
+        with run.checkpoints.stage(step):
+            pass
     print("ready", flush=True)
     while run.stop_requested is None or sys.argv[2] == "deaf":
         time.sleep(0.01)
@@ -457,16 +460,24 @@ with run.session():
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_stops_the_run_and_the_second_leaves_at_once(tmp_path, signum):
+@pytest.mark.parametrize(
+    ("signum", "saved", "told"),
+    [
+        (signal.SIGINT, [], b"left at once; --resume goes on from the start, since there is no checkpoint yet\n"),
+        (signal.SIGTERM, [7, 12], b"left at once; --resume goes on after step 12\n"),
+    ],
+)
+def test_the_first_signal_stops_the_run_and_the_second_leaves_at_once(tmp_path, signum, saved, told):
     child = subprocess.Popen(
-        [sys.executable, "-c", STUBBORN, tmp_path, "deaf"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", STUBBORN, tmp_path, "deaf", *map(str, saved)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert child.stdout.readline() == b"ready\n"
     child.send_signal(signum)
     assert b"stopping after this step" in child.stderr.readline() + child.stderr.readline()
     child.send_signal(signum)
-    child.communicate(timeout=60)
+    assert child.communicate(timeout=60) == (b"", told)
     assert child.returncode == 128 + signum
     assert list_runs(tmp_path)[0]["status"] == "killed"
 

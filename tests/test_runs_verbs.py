@@ -192,6 +192,11 @@ def test_diff_of_different_recipes_shows_what_both_have_and_counts_the_rest(here
     ]
     keys = {row["key"] for row in json.loads(peftlab("runs diff policy other --json").out)["config"]}
     assert keys >= {"model", "reward", "clip", "lam"}
+    apart = RunDir.create(here, "apart", "ppo", 'recipe = "ppo"\nlr = 0.2\n')
+    with apart.session():
+        apart.finish({"eval/judge": 0.5}, {})
+    *_, line, _, _, alone = peftlab("runs diff policy apart").out.splitlines()
+    assert line == "no figure that both have" and alone == "only in b: 1 figure (--json names them)"
 
 
 def test_diff_takes_no_figure_of_the_model_before_the_job_for_a_result(here):
@@ -276,7 +281,7 @@ def test_stages_go_with_their_demo(here):
 
 
 def test_sizes_are_in_their_unit():
-    assert [verbs._bytes(size) for size in (20, 3.2e6, 1.44e9)] == ["0.0 kB", "3.2 MB", "1.4 GB"]
+    assert [verbs.in_bytes(size) for size in (20, 3.2e6, 1.44e9)] == ["0.0 kB", "3.2 MB", "1.4 GB"]
 
 
 class Screen(io.StringIO):

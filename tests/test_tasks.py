@@ -39,7 +39,9 @@ def test_what_a_task_says_is_about_keys_that_recipes_have(name, verb):
 @pytest.mark.parametrize(
     ("pairs", "words"),
     [
-        (["task=explain"], "task: there are continuation, explanation, custom, not 'explain'"),
+        (["task=explain"], "task: there are continuation, explanation, custom (did you mean explanation?), not"),
+        (["task=cutom"], "task: there are continuation, explanation, custom (did you mean custom?), not 'cutom'"),
+        (["task=poem"], "task: there are continuation, explanation, custom, not 'poem'"),
         (["task=[1]"], "task: "),
         (["task=explanation", "want=negative"], "want: does nothing in task explanation"),
         (["task=explanation", "judge=imdb-judge"], "judge: does nothing in task explanation"),

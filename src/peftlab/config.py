@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -195,14 +196,15 @@ def _explain(cls: type[Config], error: Mapping[str, Any]) -> str:
 # What a key is called in another recipe, or in another library, where its spelling is no help.
 ELSEWHERE = {
     "max_steps": "steps", "steps": "max_steps", "batch_size": "prompts_per_step", "prompts_per_step": "batch_size",
-    "learning_rate": "lr",
+    "learning_rate": "lr", "data": "train_data",
 }  # fmt: skip
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
-    if ELSEWHERE.get(key) in known:
-        return f"unknown key {key}; did you mean {ELSEWHERE[key]}?"
-    return f"unknown key {key}; " + (did_you_mean(key, known, 0.5) or f"known keys: {', '.join(known)}")
+    elsewhere = {name: ours for name, ours in ELSEWHERE.items() if ours in known and name not in known}
+    if near := get_close_matches(key, [*elsewhere, *known], 1, 0.5):
+        return f"unknown key {key}; did you mean {elsewhere.get(near[0], near[0])}?"
+    return f"unknown key {key}; known keys: {', '.join(known)}"
 
 
 def _lines(table: Mapping[str, Any], tables: list[str], prefix: str = "") -> list[str]:

@@ -46,7 +46,7 @@ class LabError(PeftlabError):
 
 
 class Interrupted(PeftlabError):
-    """A signal asked the run to stop; raised once the step is finished and its checkpoint is on disk."""
+    """A signal asked the run to stop; raised where nothing learned is lost: outside the steps, or once one is saved."""
 
     def __init__(self, signum: int, message: str | None = None) -> None:
         self.signum = signum

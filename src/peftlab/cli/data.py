@@ -24,7 +24,7 @@ app.add_typer(data_app, name="data")
 @app.command(epilog=examples("peftlab pull imdb smollm2-135m"))
 def pull(names: Annotated[list[str], typer.Argument(help="imdb, minilm-distilbert, smollm2-135m")]) -> None:
     """Fetch data and models into the cache ahead of time (they are fetched on first use anyway)."""
-    from ..recipes.tools import pull_names
+    from ..recipes.shelf import pull_names
 
     for name, path in pull_names(names).items():
         print(f"{name}: {path}")
@@ -33,7 +33,7 @@ def pull(names: Annotated[list[str], typer.Argument(help="imdb, minilm-distilber
 @app.command(epilog=examples("peftlab models", "peftlab models --json"))
 def models(as_json: Json = False) -> None:
     """List the models and adapters that load by name."""
-    from ..recipes.tools import model_rows
+    from ..recipes.shelf import model_rows
 
     rows = model_rows()
     if not as_json:

@@ -10,7 +10,19 @@ import typer
 
 from ..errors import UserError
 from ..runs.progress import folded, folded_text
-from .shared import RUNS, Device, Json, cell, examples, loading, print_figures, print_rows, print_value, short
+from .shared import (
+    RUNS,
+    Device,
+    Json,
+    cell,
+    examples,
+    in_bytes,
+    loading,
+    print_figures,
+    print_rows,
+    print_value,
+    short,
+)
 
 app = typer.Typer()
 runs_app = typer.Typer(
@@ -176,7 +188,7 @@ def runs_prune(
     if not as_json:
         shown = zip(rows, items, strict=True)
         print_rows(
-            [row | {"bytes": _bytes(item.size), "stays_for": ", ".join(item.users) or None} for row, item in shown],
+            [row | {"bytes": in_bytes(item.size), "stays_for": ", ".join(item.users) or None} for row, item in shown],
             False,
         )
     if going and not dry_run and not yes:
@@ -186,7 +198,7 @@ def runs_prune(
     if as_json:
         print_value({"dry_run": dry_run, "items": rows, "bytes": size}, True)
     elif going:
-        print(f"{'would free' if dry_run else 'freed'} {_bytes(size)}")
+        print(f"{'would free' if dry_run else 'freed'} {in_bytes(size)}")
 
 
 @runs_app.command(
@@ -215,7 +227,7 @@ def _ask(count: int, size: int, as_json: bool) -> None:
     """Ends the verb where the person at the terminal says no; UserError where there is none to ask."""
     if as_json or not sys.stdin.isatty():
         raise UserError("runs prune: deletes nothing unasked; give --yes, or --dry-run to see what would go")
-    if not typer.confirm(f"delete {count} of them, {_bytes(size)}?", err=True):
+    if not typer.confirm(f"delete {count} of them, {in_bytes(size)}?", err=True):
         raise typer.Exit
 
 
@@ -271,8 +283,8 @@ def export(
         return
     parts = f" of {done['adapters']}" if (done["adapters"] or 1) > 1 else ""
     print(
-        f"{done['folder']}: {done['holds']}{parts} on {done['base']}, {_bytes(done['bytes'])}; largest difference of "
-        f"a logit {done['largest_difference']:.1g}\n\n{done['load']}"
+        f"{done['folder']}: {done['holds']}{parts} on {done['base']}, {in_bytes(done['bytes'])}; largest difference "
+        f"of a logit {done['largest_difference']:.1g}\n\n{done['load']}"
     )
     if done["next"]:
         print(f"\nnext, beside a clone of llama.cpp:\n  {done['next']}")
@@ -321,8 +333,3 @@ def doctor(
 
 def _with_interval(value: float | None, ends: list[float] | None) -> str:
     return cell(value) + (f" ({' to '.join(map(cell, ends))})" if ends else "")
-
-
-def _bytes(size: float) -> str:
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
-    return f"{size / unit:.1f} {name}"

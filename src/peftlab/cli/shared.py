@@ -45,7 +45,20 @@ def print_plan(plan: dict[str, Any], as_json: bool) -> None:
     from ..config import to_toml
 
     print(f"config\n\n{to_toml(plan['config'])}\nsizes\n")
-    print_value({name: size for name, size in plan.items() if name != "config"}, False)
+    print_value({name: _size(name, size) for name, size in plan.items() if name != "config"}, False)
+
+
+def _size(name: str, size: Any) -> Any:
+    """A size of the job as `print_value` takes it: of bytes with their unit."""
+    if name != "bytes" and not name.startswith("bytes of "):
+        return size
+    return {part: in_bytes(own) for part, own in size.items()} if isinstance(size, dict) else in_bytes(size)
+
+
+def in_bytes(size: float) -> str:
+    """So many bytes in the unit that suits them."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"
 
 
 def print_summary(summary: dict[str, Any], as_json: bool) -> None:

@@ -47,7 +47,7 @@ def load_records(
     seed: int = 0,
     labels: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
-    on_bad_row: Literal["stop", "skip"] = "stop",
+    on_bad_row: Literal["stop", "skip"] | None = None,
     trained_on: int | None = None,
 ) -> RecordSet:
     """Records of every part of `spec`, in order; `limit` draws that many (seeded, in a random order).
@@ -55,7 +55,8 @@ def load_records(
     `labels` names the classes and `columns` maps fields to columns of the user's rows. With `trained_on`, the limit by
     which training drew from the same data with this seed (0: all of it), only the rows that it left are drawn from.
     Raises UserError for unknown names, for bad rows unless they are to be skipped (the first few of each mistake
-    by line, and how many), for empty data, and where training left nothing.
+    by line, and how many), for empty data, and where training left nothing. `on_bad_row` is the config's key;
+    None where it has none.
     """
     if limit is not None and limit < 1:
         raise UserError(f"data {spec}: a limit of {limit} leaves no rows; give 1 or more, or no limit")
@@ -63,7 +64,7 @@ def load_records(
     skipped: Skipped = []
     taken: set[str] = set()
     for number, part in enumerate(_parts(spec), 1):
-        found = _load_part(part, kind, labels, columns, skipped if on_bad_row == "skip" else None)
+        found = _load_part(part, kind, labels, columns, skipped, on_bad_row)
         records += _told_apart(found, taken, number)
     if not records:
         why = f"no usable row; {skipped[0][0]}: {skipped[0][1]}" if skipped else "no rows"
@@ -134,12 +135,13 @@ def _load_part(
     kind: str,
     labels: Sequence[str] | None,
     columns: Mapping[str, str] | None,
-    skipped: Skipped | None,
+    skipped: Skipped,
+    on_bad_row: Literal["stop", "skip"] | None,
 ) -> list[Record]:
     require_known(part)
     if Path(part).suffix.lower() in READERS:
         found = ((f"{part}:{line}", row) for line, row in scan_file(Path(part), kind, labels, columns))
-        return _usable(found, f"`{check_command(part, kind, labels, columns)}` lists them all", skipped)
+        return _usable(found, f"`{check_command(part, kind, labels, columns)}` lists them all", skipped, on_bad_row)
     name, _, split = part.partition(":")
     if name == "imdb":
         return _as_kind(load_block(split), kind, part, labels)
@@ -150,7 +152,7 @@ def _load_part(
     split = split or HUB_SPLIT
     rows = scan_rows(_from_hub(name, split, labels, columns), kind, labels, columns, "row")
     found = ((f"{name}:{split}: row {number}", row) for number, row in rows)
-    return _usable(found, "columns maps a field to a column", skipped)
+    return _usable(found, "columns maps a field to a column", skipped, on_bad_row)
 
 
 def refuse_source(spec: str, kind: str) -> None:
@@ -190,14 +192,16 @@ def check_command(
     return shlex.join(words)
 
 
-def _usable(found: Iterable[tuple[str, Record | str]], hint: str, skipped: Skipped | None) -> list[Record]:
-    """The records among what was found by place. Bad rows are added to `skipped`, or refused where it is None."""
+def _usable(
+    found: Iterable[tuple[str, Record | str]], hint: str, skipped: Skipped, on_bad_row: Literal["stop", "skip"] | None
+) -> list[Record]:
+    """The records among what was found by place. Bad rows are added to `skipped` where they are to be, else refused."""
     records: list[Record] = []
     bad, told = BadRows(fold=True), []
     for place, row in found:
         if not isinstance(row, str):
             records.append(row)
-        elif skipped is not None:
+        elif on_bad_row == "skip":
             skipped.append((place, row))
         else:
             told += bad.lines(place, row)
@@ -205,7 +209,8 @@ def _usable(found: Iterable[tuple[str, Record | str]], hint: str, skipped: Skipp
         count = f"{bad.count} of {len(records) + bad.count} rows are not usable:"
         if any(": label: " in line and " is not one of " in line for line in told):
             hint += "; `labels` in a classifier's config names the classes, as in labels=bad,fair,good"
-        hint += "; on_bad_row=skip in a supervised job's config leaves them out"
+        if on_bad_row:
+            hint += "; on_bad_row=skip leaves them out"
         raise UserError("\n".join([count, *told, *bad.rest(), hint]))
     return records
 

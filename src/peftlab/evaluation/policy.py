@@ -53,7 +53,7 @@ class Side:
         }
 
     def mean_nll(self) -> float:
-        """Nats per token under the frozen SFT model."""
+        """Nats per token under the frozen reference."""
         return float(self.nll.sum() / self.lengths.sum())
 
     def intervals(self) -> dict[str, tuple[float, float]]:
@@ -63,7 +63,7 @@ class Side:
 
 
 def perplexity_ratio(before: Side, after: Side) -> float:
-    """exp(NLL of the policy's samples - NLL of the SFT model's own samples), both under the SFT model."""
+    """exp(NLL of the policy's samples - NLL of the reference's own samples), both under the reference."""
     return float(np.exp(after.mean_nll() - before.mean_nll()))
 
 

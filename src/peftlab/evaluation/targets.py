@@ -11,6 +11,7 @@ from torch import nn
 from ..data.collate import collate_seq2seq
 from ..data.tokenize import IGNORED, Row
 from ..ops.logprobs import token_logprobs
+from ..runs.progress import batch_starts
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def target_nlls(
     model.eval()
     sums, counts = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))  # similar lengths, little padding
-    for start in range(0, len(order), batch_size):
+    for start in batch_starts(len(order), batch_size):
         picked = order[start : start + batch_size]
         batch = {n: t.to(device) for n, t in collate_seq2seq([rows[row] for row in picked], pad_id).items()}
         counted = batch["labels"] != IGNORED

@@ -17,11 +17,13 @@ from .catalog import resolve
 from .freed_memory import keep_freed_memory
 
 Task = Literal["causal", "classifier", "seq2seq"]
-READERS = ("causal", "encoder", "classifier", "reward")
 # What a task needs: the kinds of model that serve it, and in words.
 NEEDS: dict[Task, tuple[tuple[str, ...], str]] = {
     "causal": (("causal",), "a causal language model, for example tiny-gpt2 or smollm2-135m"),
-    "classifier": (READERS, "an encoder or a causal language model, for example minilm-distilbert"),
+    "classifier": (
+        ("causal", "encoder", "classifier", "reward"),
+        "an encoder or a causal language model, for example minilm-distilbert",
+    ),
     "seq2seq": (("seq2seq",), "an encoder-decoder, for example tiny-t5"),
 }
 # Left to its default, transformers asks at the terminal whether to run the code in a model's folder.

@@ -105,7 +105,8 @@ def run(config: ClassifyConfig, run: RunDir) -> dict[str, Any]:
             lambda: run.stop_requested,
             loss=lambda output, targets: F.cross_entropy(output.logits.float(), targets),
         )
-        trainer.fit(checkpoint)
+        with run.stepping():
+            trainer.fit(checkpoint)
         if config.save_dtype == "bfloat16":
             _round(model)
         temperature = fit_temperature(logits_of(kept), torch.tensor([r.label for r in kept])) if kept else 1.0

@@ -156,10 +156,12 @@ def newest_checkpoint(run: RunDir) -> Path | None:
     return checkpoint.path if checkpoint else None
 
 
-def say_measures(run: RunDir, what: str = "measures the model as it is; then come the steps") -> None:
-    """Before figures that may take as long as many steps."""
+def say_measures(run: RunDir, what: str = "") -> None:
+    """Before figures that may take as long as many steps: by default those of the model before its first step."""
+    first = "measures the model as it is; then come the steps"
+    again = "measures the model as it was before the first step, to compare with; then goes on"
     if not Progress.quiet:
-        say(f"{run.name}: {what}")
+        say(f"{run.name}: {what or (again if run.resumed else first)}")
 
 
 def trained_parameters(model: nn.Module) -> int:

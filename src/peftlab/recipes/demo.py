@@ -141,7 +141,7 @@ def run_demo(
         texts = run.path / PPO.name / "samples.jsonl", Path(PAIRS.format(demo=run.path)) / TRAIN_PAIRS
         told = f"Texts: {texts[0]}, before and after; {texts[1]}, what the reward model learned from"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
-        talk = typed("chat", str(run.path / "ppo" / "adapter"))
+        talk = typed("chat", f"{run.name}/{PPO.name}")
         console.print(f"Talk to it: {talk}", highlight=False, markup=False, soft_wrap=True)
     return summary
 
@@ -151,8 +151,9 @@ def _run_stages(
 ) -> dict[str, Any]:
     """Every stage; one that is done is kept. The demo's own figures are those of PPO."""
     done: dict[str, Any] = {}
-    for stage in stages:
-        console.rule(stage.name)
+    for number, stage in enumerate(stages, 1):
+        place = f"{number} of {len(stages)}"
+        console.rule(f"{stage.name}, {place}")
         if stage is REWARD:
             _sample_pairs(run.path)
             if run.stop_requested:
@@ -161,7 +162,9 @@ def _run_stages(
         own = config.model_dump()
         config = config.with_(**{key: text.format(demo=run.path, own=own[key]) for key, text in stage.given})
         done[stage.name] = start(stage.recipe, config, root, f"{run.name}/{stage.name}", resume)
-        if run.stop_requested:  # it came while the stage measured: the stage is done, the demo is not
+        told = f"[{place}] {stage.name}: {_first_figure(stage, done[stage.name])}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        if run.stop_requested:  # it came as the stage ended: the stage is done, the demo is not
             raise Interrupted(run.stop_requested)
     ppo = done[PPO.name]
     artifacts = {"report": "report.html", "adapter": "ppo/adapter"}
@@ -200,8 +203,7 @@ def outcome(stages: tuple[Stage, ...], done: dict[str, Any]) -> Table:
         summary = done[stage.name]
         head = [stage.name, f"{summary['time']['wall_s']:.0f}"]
         for metric, words in stage.figures:
-            before, after = (_number(summary[side].get(metric)) for side in ("baseline", "metrics"))
-            table.add_row(head[0], words, before, after, head[1])
+            table.add_row(head[0], words, *_sides(summary, metric), head[1])
             head = ["", ""]
     return table
 
@@ -232,6 +234,16 @@ def show_samples(console: Console, folder: Path, count: int) -> None:
 
 def _one_line(text: str) -> str:
     return " ".join(text.splitlines())
+
+
+def _first_figure(stage: Stage, summary: dict[str, Any]) -> str:
+    """What the table's first line of a stage will say, in words."""
+    metric, words = stage.figures[0]
+    return "{}, {} before, {} after".format(words, *_sides(summary, metric))
+
+
+def _sides(summary: dict[str, Any], metric: str) -> list[str]:
+    return [_number(summary[side].get(metric)) for side in ("baseline", "metrics")]
 
 
 def _number(value: float | None) -> str:

@@ -111,7 +111,8 @@ def run(config: DpoConfig, run: RunDir) -> dict[str, Any]:
             lambda metrics, step: run.log({**metrics, **policy.drain()}, step),
             lambda: run.stop_requested,
         )
-        trainer.fit(checkpoint)
+        with run.stepping():
+            trainer.fit(checkpoint)
         if roles.frozen_hash() != base_hash:
             raise LabError("the frozen base changed during training; its adapter was not saved")
         compared = compare_rows(policy, test, tokenizer.pad_token_id)

@@ -52,7 +52,8 @@ def run(config: PPOConfig, run: RunDir) -> dict[str, Any]:
         trainer = PPOTrainer(
             roles, job.sampler, job.reward, controller(config), settings, job.decoding, config.seed
         )
-        reason, step_s = train(config, run, job, trainer)
+        with run.stepping():
+            reason, step_s = train(config, run, job, trainer)
         return finish(config, run, job, trainer, reason, step_s)
 
 

@@ -74,8 +74,8 @@ def _classify(adapter: str, rows: list[dict[str, Any]], device: str) -> list[dic
     answers = []
     for row, probabilities in zip(rows, table, strict=True):
         label = max(range(len(probabilities)), key=probabilities.__getitem__)
-        name = classifier.labels[label]
-        answers.append({"id": row["id"], "label": label, "label_name": name, "probabilities": probabilities})
+        told = {"label": label, "label_name": classifier.labels[label]}
+        answers.append({"id": row["id"], **told, "probabilities": list(map(_rounded, probabilities))})
     return answers
 
 
@@ -103,7 +103,12 @@ def _summarize(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[
 def _score(name: str, rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """Rewards, of mean 0 and variance 1 over the answers that an adapter was trained on; of a whole model, its own."""
     scores = load_reward(name, device).scores([row["prompt"] for row in rows], [row["completion"] for row in rows])
-    return [{"id": row["id"], "score": score} for row, score in zip(rows, scores.tolist(), strict=True)]
+    return [{"id": row["id"], "score": _rounded(score)} for row, score in zip(rows, scores.tolist(), strict=True)]
+
+
+def _rounded(value: float) -> float:
+    """To six digits, as many as a float32 has: the rest of its 17 decimal ones says nothing."""
+    return float(f"{value:.6g}")
 
 
 def _read(

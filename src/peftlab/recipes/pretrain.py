@@ -93,7 +93,8 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
             groups=relative_groups(model, config.lr, config.weight_decay) if config.architecture == "t5" else None,
         )
         started = time.monotonic()
-        trainer.fit(checkpoint)
+        with run.stepping():
+            trainer.fit(checkpoint)
         seconds = time.monotonic() - started
         # The shipped weights are float16: round first, so that the figures are theirs.
         model.to(torch.float16).to(torch.float32)

@@ -114,7 +114,9 @@ def run(config: RewardConfig, run: RunDir) -> dict[str, Any]:
         if checkpoints[0] is None:
             run.log(baseline | {"data/rows": len(rows), "data/tokens": pair_tokens(rows)}, 0)
         for member, (store, checkpoint) in enumerate(zip(stores, checkpoints, strict=True)):
-            _trainer(config, model, member, rows, store, run, member * steps).fit(checkpoint)
+            trainer = _trainer(config, model, member, rows, store, run, member * steps)
+            with run.stepping():
+                trainer.fit(checkpoint)
 
         sampled = random.Random(config.seed).sample(pairs.train, min(SCALE_ON, len(pairs.train)))
         model = _calibrated(_scaled(model, sampled, config), pairs.kept)

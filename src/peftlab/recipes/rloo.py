@@ -46,7 +46,8 @@ def run(config: RLOOConfig, run: RunDir) -> dict[str, Any]:
         trainer = RLOOTrainer(
             roles, job.sampler, job.reward, controller(config), settings, job.decoding, config.seed
         )
-        reason, step_s = train(config, run, job, trainer)
+        with run.stepping():
+            reason, step_s = train(config, run, job, trainer)
         return finish(config, run, job, trainer, reason, step_s)
 
 

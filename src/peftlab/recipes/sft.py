@@ -99,7 +99,7 @@ def run(config: SftConfig, run: RunDir) -> dict[str, Any]:
             run.log,
             lambda: run.stop_requested,
         )
-        with quick_passes(model):
+        with quick_passes(model), run.stepping():
             trainer.fit(checkpoint)
         after, intervals, said_after = measure()
         run.log(after, trainer.state.global_step)

@@ -101,7 +101,8 @@ def run(config: SummarizeConfig, run: RunDir) -> dict[str, Any]:
             run.log,
             lambda: run.stop_requested,
         )
-        trainer.fit(checkpoint)
+        with run.stepping():
+            trainer.fit(checkpoint)
         if prefix := own_prefix(model):
             prefix.fold()
         after = Measured(model, tokenizer, form, held_out)

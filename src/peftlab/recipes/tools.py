@@ -1,47 +1,13 @@
-"""Small verbs: pull, models, generate."""
+"""Continuing one text: `generate`, and the sampler that data is built with."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-from ..data.sources import load_records
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 from ..models.adapter_files import load_stack
-from ..models.catalog import list_models, resolve
-from ..models.stacks import read_stack
 from ..sampling.sampler import Decoding, Sampler
-
-IMDB = "imdb"  # data that `pull` fetches; any other name is a model's
-
-
-def pull_names(names: list[str]) -> dict[str, Path]:
-    """Fetch and convert what each name needs; where it lies now."""
-    places = {}
-    for name in names:
-        if near := did_you_mean(name, [IMDB], 0.75) if name != IMDB and not Path(name).exists() else "":
-            raise UserError(f"pull {name}: no such data or model; {near}")
-    for name in names:
-        if name == IMDB:
-            load_records("imdb:test", "sft")
-        places[name] = _imdb_folder() if name == IMDB else Path(resolve(name).path)
-    return places
-
-
-def model_rows() -> list[dict[str, Any]]:
-    """One row a model that loads by name; an adapter's tells the base under it."""
-    return [
-        {
-            "name": entry.name,
-            "kind": entry.kind,
-            "base": read_stack(entry.path).base if entry.kind == "adapter" else None,
-            "origin": entry.origin,
-            "licence": entry.licence,
-            "size": entry.size,
-        }
-        for entry in list_models()
-    ]
 
 
 def generate_texts(
@@ -76,9 +42,3 @@ def load_sampler(name: str, device: str, dtype: str = "float32") -> Sampler:
     if stack.kind != "causal":
         raise UserError(f"{name}: is a {stack.kind}, which cannot continue text; try `peftlab predict {name}`")
     return Sampler(backbone.model, backbone.tokenizer)
-
-
-def _imdb_folder() -> Path:
-    from ..data.imdb import blocks_folder
-
-    return blocks_folder()

@@ -122,7 +122,7 @@ _TITLES = {
     "eval/ece": "Calibration error",
     "eval/judge": "Independent judge",
     "eval/kl": "KL to the reference",
-    "eval/perplexity_ratio": "Perplexity ratio under SFT",
+    "eval/perplexity_ratio": "Perplexity ratio under the reference",
     "compare/accuracy": "Accuracy of the one compared with",
     "eval/rouge1": "ROUGE-1",
     "eval/rouge2": "ROUGE-2",

@@ -33,7 +33,7 @@ SUM = "reward"  # what their weighted sum is called, and so no part
 _WEIGHT = r"(?:(?P<weight>[-\d.eE]+)\s*\*)?"
 _NAME = r"""(?:(?P<quote>['"])(?P<quoted>.+)(?P=quote)|(?P<plain>[^\s*'"](?:[^*'"]*[^\s*'"])?))"""
 _TERM = re.compile(rf"\s*{_WEIGHT}\s*(?P<p>p\(\s*)?{_NAME}(?(p)\s*\))\s*")
-_QUOTED = re.compile(r"[+*'\"]|^\s|\s$|^p\(.+\)$")  # of a name alone that would be read as something else
+_QUOTED = re.compile(r"[+*'\"]|^\s|\s$|^p\(")  # of a name alone that would be read as something else
 _PIECE = re.compile(r"""((?:"[^"]*"|'[^']*'|[^+])*)(?:\+|$)""")
 
 
@@ -84,6 +84,8 @@ def terms(spec: str) -> list[Term]:
                 "imdb-sentiment + 0.5*rubric:length; quotes keep a name with + or * together"
             )
         name = match["quoted"] or match["plain"]
+        if match["plain"] and name.startswith("p(") and not Path(name).exists():
+            raise UserError(f"reward: {name} lacks its closing bracket; write {name})")
         if function := _function_meant(name):
             raise UserError(f"reward: {name} is {function}")
         found.append(Term(weight, name, bool(match["p"])))

@@ -257,8 +257,8 @@ _REGISTRY = [
     ),
     Metric(
         "eval/perplexity_ratio",
-        "exp of the mean negative log-likelihood, under the frozen SFT model, of the policy's samples, over "
-        "the same of SFT's own samples, both at temperature 1.",
+        "exp of the mean negative log-likelihood, under the frozen reference (the SFT model, where there is one), of "
+        "the policy's samples, over the same of the reference's own samples, both at temperature 1.",
         healthy=(None, 1.3), better="lower",
         source="the lab's demo bound; above it the text drifts from the language of the data",
     ),

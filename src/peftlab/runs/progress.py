@@ -14,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, TextIO
 
@@ -32,7 +32,8 @@ class Progress:
 
     `open`: what stands on the terminal is to be redrawn, a line without its end or the panel `drawn`, with the cursor
     below it. `run`: name and folder of the run under way, which has a panel. `counting`: whether batches are counted,
-    of what `doing` said, and when a pipe was last `told` of them.
+    of what `doing` said, and when a pipe was last `told` of them. `heed`: what raises, between two batches, where a
+    signal asked the run under way to stop.
     """
 
     open: ClassVar[bool] = False
@@ -42,6 +43,7 @@ class Progress:
     counting: ClassVar[bool] = False
     doing: ClassVar[str] = ""
     told: ClassVar[float] = 0.0
+    heed: ClassVar[Callable[[], None]] = lambda: None
 
     def __init__(self, total: int) -> None:
         self.total, self.pace = total, Pace(total)
@@ -95,10 +97,12 @@ def counting() -> Iterator[None]:
 def batch_starts(total: int, size: int) -> Iterator[int]:
     """Where each batch of `total` rows starts. A line tells the share that is done, and goes with the last batch.
 
-    In a pipe, where no line goes, one comes every ten seconds, with what was said to be `doing`.
+    In a pipe, where no line goes, one comes every ten seconds, with what was said to be `doing`. Raises Interrupted
+    before a batch where a signal asked a run to stop that is not in the middle of a step.
     """
     live = sys.stderr.isatty()
     for start in range(0, total, size):
+        Progress.heed()
         yield start
         if not Progress.counting:
             continue

@@ -70,12 +70,12 @@ def vacant(path: Path) -> bool:
     """Whether a run may begin in this folder: it is not there or empty, or nothing of what is there is worth keeping.
 
     A run counts as begun once config.toml, written last, is there; what a kill left before that is ours to replace, and
-    what a run left that failed before its first figure: once mended, the same command may run.
+    what a run left that failed or was stopped before its first figure: once mended, the same command may run.
     """
     before = {LOCK, "environment.json"}
     early = before | {"config.toml", "events.jsonl", "summary.json", "report.html", "skipped.jsonl"}
     there = {entry.name for entry in path.iterdir() if ".tmp-" not in entry.name} if path.is_dir() else set()
-    return there <= before or there <= early and _failed(path)
+    return there <= before or there <= early and outcome(path)["status"] in ("failed", "stopped")
 
 
 def _failed(path: Path) -> bool:
@@ -99,7 +99,7 @@ class RunDir:
         self.summary: dict[str, Any] | None = None
         if resumed and (path / "summary.json").exists():
             self.summary = read_summary(path)
-        self._signals = StopSignals()
+        self._signals = StopSignals(self._resumes)
         self._began = time.monotonic()
 
     @classmethod
@@ -117,7 +117,7 @@ class RunDir:
 
         `name` is "run" or "demo/stage"; `config_toml` the resolved configuration; `environment` what the
         recipe adds to environment.json (device, dtype, model and its hash). UserError where the folder holds
-        another run (but one that failed before its first figure is replaced), where there is nothing to
+        another run (but one that ended early, before its first figure, is replaced), where there is nothing to
         resume, or where recipe or configuration differ from the run to resume. A stage of a resumed demo that
         was not reached yet starts fresh.
         """
@@ -189,6 +189,13 @@ class RunDir:
     def stop_requested(self) -> int | None:
         """The number of the signal that asked the run to stop, None while it may go on."""
         return self._signals.requested
+
+    def stepping(self) -> contextlib.AbstractContextManager[None]:
+        """A block whose loop reads `stop_requested` after each step; around it a stop needs no loop, and loses nothing.
+
+        Raises Interrupted, before it begins, where a stop was asked for already.
+        """
+        return self._signals.stepping()
 
     def wall_s(self) -> float:
         """Seconds since `create`, plus, after a resume, those of the earlier work that is kept."""
@@ -263,7 +270,7 @@ class RunDir:
         But of a new run that a UserError refuses before its first figure nothing is left: it never began. A folder that
         was there before stays, and so does one whose skipped.jsonl tells of bad rows.
         """
-        with locked(self.path), StopSignals() as self._signals:
+        with locked(self.path), StopSignals(self._resumes) as self._signals:
             if not self.finished:
                 self._open()
             try:
@@ -289,6 +296,14 @@ class RunDir:
             if (self.path / name).exists():  # a line that a kill tore must not swallow the next one
                 write_rows(self.path / name, read_rows(self.path / name))
         self.event("resume" if self.resumed else "start", packages=surroundings.package_versions())
+
+    def _resumes(self) -> str:
+        """What --resume would do, by what is on disk now. A signal's handler asks: it must take no lock."""
+        if steps := self.checkpoints.steps():
+            return f"goes on after step {steps[-1]}"
+        # Those of the members of an ensemble, and the stages of a demo, have folders of their own.
+        inner = any(self.checkpoints.folder.glob("*/step-*")) or any(self.path.glob("*/config.toml"))
+        return "goes on from what is done" if inner else "goes on from the start, since there is no checkpoint yet"
 
     def _end_early(self, error: BaseException) -> None:
         known = isinstance(error, PeftlabError)

@@ -11,14 +11,18 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..errors import Interrupted
-from .launched import rank
+from .launched import rank, world_size
 from .progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """The first signal within the block sets `requested`, for the loop to read; the second leaves at once.
+    """The first signal within the block sets `requested`; the second leaves at once.
+
+    The loop of a block `stepping` reads it after each step. Outside of it, where nothing that was learned is lost,
+    `check` raises: before each batch of a measurement (see `batch_starts`), and before the first step. Not so in one of
+    several processes, which must all leave at one place. `resumes`: what --resume would do now, for the last word.
 
     The handlers found on entry come back on exit. A block inside another passes the request on to the outer one, and
     takes over what that was asked before. Of several processes only the first leaves at the second signal; the others
@@ -26,9 +30,12 @@ class StopSignals:
     nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resumes: Callable[[], str] = lambda: "goes on from the last checkpoint") -> None:
         self.requested: int | None = None
+        self.in_steps = False
+        self._resumes = resumes
         self._previous: dict[int, Any] = {}
+        self._heeded: Callable[[], None] = Progress.heed
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -36,6 +43,7 @@ class StopSignals:
                 self._previous[signum] = signal.signal(signum, self._handle)
                 if isinstance(outer := self._outer(signum), StopSignals):
                     self.requested = self.requested or outer.requested
+            self._heeded, Progress.heed = Progress.heed, self.check
         return self
 
     def __exit__(
@@ -44,10 +52,27 @@ class StopSignals:
         for signum, handler in self._previous.items():
             # None stands for a handler that C code installed: signal.signal cannot put it back.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        if self._previous:
+            Progress.heed = self._heeded
         self._previous.clear()
 
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """While the block runs, a request is left to its loop, which ends a step and writes a checkpoint first."""
+        self.check()
+        self.in_steps = True
+        try:
+            yield
+        finally:
+            self.in_steps = False
+
+    def check(self) -> None:
+        """Raises Interrupted for a request that came outside of the steps; never of several processes."""
+        if self.requested and not self.in_steps and world_size() == 1:
+            raise Interrupted(self.requested)
+
     def request(self, signum: int) -> None:
-        """Asks this block, and the blocks around it, to stop after the present step."""
+        """Asks this block, and the blocks around it, to stop."""
         self.requested = signum
         if isinstance(outer := self._outer(signum), StopSignals):
             outer.request(signum)
@@ -59,14 +84,18 @@ class StopSignals:
         if self.requested is not None and rank() == 0:
             if Progress.open:
                 os.write(2, b"\n")
-            os.write(2, b"left at once; --resume goes on from the last checkpoint\n")
+            os.write(2, f"left at once; --resume {self._resumes()}\n".encode())
             os._exit(128 + signum)
         self.request(signum)
         if rank():
             return
+        if self.in_steps:
+            how = "after this step, with a checkpoint"
+        else:
+            how = "in a moment; nothing that was learned is lost" if world_size() == 1 else "once this is measured"
         # os.write, since print inside a handler can meet its own buffer's lock.
         Progress.open = False  # the message begins with the line's end
-        os.write(2, b"\nstopping after this step, with a checkpoint; a second signal leaves at once\n")
+        os.write(2, f"\nstopping {how}; a second signal leaves at once\n".encode())
 
 
 class EndSignals:

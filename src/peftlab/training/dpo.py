@@ -20,6 +20,7 @@ from ..ops import ranks
 from ..ops.kl import exact_kl
 from ..ops.losses import dpo_loss, ipo_loss
 from ..ops.masks import masked_sum
+from ..runs.progress import batch_starts
 
 PairRow = dict[str, list[int]]
 # The loss of the first batch is known: what is left is the rounding of a mean in float32.
@@ -140,7 +141,7 @@ class PairPolicy(nn.Module):
 def compare_rows(policy: PairPolicy, rows: Sequence[PairRow], pad_id: int, batch_size: int = 16) -> Compared:
     """`PairPolicy.compare` of all rows, in order, on the CPU."""
     parts = []
-    for start in range(0, len(rows), batch_size):
+    for start in batch_starts(len(rows), batch_size):
         seen = policy.compare(**_on_device(policy, rows[start : start + batch_size], pad_id))
         parts.append(Compared(seen.changes.cpu(), seen.scores.cpu()))
     return together(parts)

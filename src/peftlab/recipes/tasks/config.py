@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ...config import Config
+from ...errors import did_you_mean
 from ...models.adapters import PolicyLora
 from . import TASKS
 from .task import WHOLE
@@ -47,7 +48,8 @@ class TaskConfig(Config):
     @classmethod
     def _task_exists(cls, task: str) -> str:
         if task not in TASKS:
-            raise ValueError(f"there are {', '.join(TASKS)}")
+            hint = f" ({near})" if (near := did_you_mean(task, TASKS)) else ""
+            raise ValueError(f"there are {', '.join(TASKS)}{hint}")
         return task
 
     @field_validator("prompt_tokens")
