@@ -48,7 +48,7 @@ def count(prompts, completions, records):
     return [float(c.count("e")) for c in completions]
 
 def early(prompts, completions, records):
-    if len(completions) == 1 and os.environ["RANK"] == "1":
+    if len(completions) == 2 and os.environ["RANK"] == "1":
         raise ValueError("no label")
     return [0.0] * len(completions)
 

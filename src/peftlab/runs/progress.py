@@ -175,7 +175,7 @@ def complain(message: str, lost: bool = False) -> None:
     The first speaks at once, and the others after it, since all may have met the same. One that has only `lost` another
     waits longest: that other knows why.
     """
-    time.sleep(PATIENCE_S * (2 if lost else min(rank(), 1)))
+    time.sleep(PATIENCE_S * (4 if lost else min(rank(), 1)))
     if rank():
         _write(f"process {rank()}: {sanitize(message)}\n")
     else:
