@@ -220,9 +220,29 @@ def test_make_targets_that_are_named_exist():
     assert named and named <= targets
 
 
+VERBS_OF = {
+    "PPOConfig to `ppo`": ["ppo"],
+    "RLOOConfig and GRPOConfig to `rloo`": ["rloo"],
+    "DPOConfig, RewardConfig, SFTConfig": ["sft", "dpo", "reward"],
+}
+
+
 def test_every_key_of_ppo_is_explained():
     missing = [key for key in keys(load("ppo").CONFIG) if key != "recipe" and f"`{key}`" not in PAGES["docs/ppo.md"]]
     assert not missing
+
+
+def test_a_key_of_trl_is_answered_with_ours_as_its_page_says():
+    told = 0
+    for title, rows in re.findall(r"\n## (.*?)\n(.*?)(?=\n## |\Z)", PAGES["docs/from-trl.md"], re.S):
+        for theirs, ours in re.findall(r"^\| `(\w+)` \| `(\w+)` \|", rows, re.M):
+            verbs = [verb for verb in VERBS_OF[title] if ours in keys(load(verb).CONFIG)]
+            assert verbs, (theirs, ours)
+            for verb in verbs if theirs != ours else []:
+                with pytest.raises(UserError, match=f"unknown key {theirs}; did you mean {ours}\\?"):
+                    load_config(load(verb).CONFIG, None, [f"{theirs}=1"])
+                told += 1
+    assert told > 30
 
 
 def test_setup_ends_with_what_to_do_next():

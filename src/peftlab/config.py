@@ -193,17 +193,33 @@ def _explain(cls: type[Config], error: Mapping[str, Any]) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}, not {error['input']!r}" if key else message
 
 
-# What a key is called in another recipe, or in another library, where its spelling is no help.
-ELSEWHERE = {
-    "max_steps": "steps", "steps": "max_steps", "batch_size": "prompts_per_step", "prompts_per_step": "batch_size",
-    "learning_rate": "lr", "data": "train_data",
+# What a key goes by in another recipe, in transformers, PEFT or TRL (docs/from-trl.md), where its spelling is no help.
+_CALLED = {
+    "steps": "max_steps total_episodes", "max_steps": "steps", "lr": "learning_rate", "train_data": "data",
+    "prompts_per_step": "batch_size per_device_train_batch_size", "warmup_fraction": "warmup_ratio",
+    "batch_size": "prompts_per_step per_device_train_batch_size", "minibatch_size": "num_mini_batches",
+    "accumulate": "gradient_accumulation_steps", "epochs": "num_train_epochs num_ppo_epochs num_iterations",
+    "model": "model_name_or_path sft_model_path", "reward": "reward_model_path reward_weights",
+    "max_new_tokens": "response_length max_completion_length", "eos_penalty": "missing_eos_penalty",
+    "kl_coef": "beta", "kl_target": "target_kl", "clip": "cliprange epsilon",
+    "value_clip": "cliprange_value", "value_coef": "vf_coef",
+    "samples_per_prompt": "num_generations k", "scale_by_std": "scale_rewards", "length_normaliser": "loss_type",
+    "loss": "loss_type", "centre": "center_rewards_coefficient", "columns": "dataset_text_field",
+    "lora.alpha": "lora_alpha", "lora.targets": "target_modules", "lora.dropout": "lora_dropout", "lora.r": "r",
+    "lora.rslora": "use_rslora", "lora.dora": "use_dora",
 }  # fmt: skip
 
 
+def elsewhere(known: Iterable[str]) -> dict[str, str]:
+    """What some of the keys `known` go by elsewhere, and the key; no name that is a key here too."""
+    known = set(known)
+    return {name: key for key, names in _CALLED.items() if key in known for name in names.split() if name not in known}
+
+
 def _unknown(key: str, known: Sequence[str]) -> str:
-    elsewhere = {name: ours for name, ours in ELSEWHERE.items() if ours in known and name not in known}
-    if near := get_close_matches(key, [*elsewhere, *known], 1, 0.5):
-        return f"unknown key {key}; did you mean {elsewhere.get(near[0], near[0])}?"
+    called = elsewhere(known)
+    if near := get_close_matches(key, [*called, *known], 1, 0.6):
+        return f"unknown key {key}; did you mean {called.get(near[0], near[0])}?"
     return f"unknown key {key}; known keys: {', '.join(known)}"
 
 

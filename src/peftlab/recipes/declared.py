@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
-from ..config import ELSEWHERE, Config, keys, load_config
+from ..config import Config, elsewhere, keys, load_config
 from ..data import sources
 from ..errors import UserError, did_you_mean
 from ..models import catalog
@@ -50,7 +50,7 @@ def refuse_options(verb: str, words: Sequence[str], options: Sequence[str]) -> N
             continue
         name, equals, value = word.partition("=")
         key, known = name.lstrip("-").replace("-", "_"), declared_keys(verb)
-        key = key if key in known else ELSEWHERE.get(key, key)
+        key = elsewhere(known).get(key, key)
         if key in known:
             if not equals:
                 value = "VALUE" if not following or following.startswith("--") or "=" in following else following
