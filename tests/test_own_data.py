@@ -206,6 +206,6 @@ def test_a_held_out_row_that_is_trained_on_is_found_under_another_id(kind):
         return [parse_row(kind, each, number) for number, each in enumerate(rows)]
 
     train, same = records(*map(row, range(8))), 3
-    held_out = records(*map(row, range(8, 12)), row(same, id="other"))
+    held_out = records(*map(row, range(8, 12)), row(same, id="other", label=0, margin=2.0))
     assert [record.id for record in leaked(train, held_out)] == ["other"]
     assert leaked(train, train) == train and leaked([], held_out) == []

@@ -131,6 +131,16 @@ def test_of_a_new_run_that_is_refused_before_its_first_figure_nothing_is_left(tm
     assert all(read_summary(path)["status"] in ("failed", "stopped") for path in tmp_path.iterdir())
 
 
+def test_a_run_that_takes_a_name_over_has_no_rows_of_the_one_before(tmp_path):
+    with pytest.raises(Interrupted), make(tmp_path).session() as first:
+        first.record_skipped("train", [("mine.jsonl:1", "text: empty")])
+        first.event("roles")
+        raise Interrupted(signal.SIGINT)
+    with make(tmp_path).session() as run:
+        assert not (run.path / "skipped.jsonl").exists()
+        assert [row["kind"] for row in atomic.read_rows(run.path / "events.jsonl")] == ["start"]
+
+
 def test_a_refusal_deletes_no_folder_that_was_there_before_it(tmp_path):
     """An earlier run that failed, which the command replaces; an empty folder; one behind a link."""
     failed, empty, behind = (tmp_path / name for name in ("failed", "empty", "behind"))
@@ -486,6 +496,22 @@ def test_the_first_signal_stops_the_run_and_the_second_leaves_at_once(tmp_path, 
     _, errors = resumed.communicate(timeout=60)
     assert f"stopped by {signum.name}".encode() in errors
     assert read_summary(tmp_path / "polite" / "job")["status"] == "stopped"
+
+
+def test_the_second_signal_leaves_also_where_the_disk_tells_nothing(tmp_path):
+    """And of a stage it is the demo that says how to go on."""
+    code = """
+import os, signal
+from peftlab.runs.signals import StopSignals
+def broken():
+    raise OSError("no disk")
+with StopSignals(broken), StopSignals(lambda: "goes on from the stage"):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.splitlines()[-1] == "left at once; --resume goes on from the last checkpoint"
 
 
 def make_child(root):

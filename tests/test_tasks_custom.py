@@ -92,12 +92,17 @@ def test_a_custom_task_asks_for_what_it_lacks(shop, verb, lacking, words):
         ("rloo", ["reward={judge}", "judge={judge}", "want=positive"], "judge: .*is the reward too"),
         ("ppo", ["max_new_tokens=96"], "max_new_tokens: .*context"),
         ("rloo", ["kl_target=2", "kl_coef=0"], "kl_coef: 0 stays 0"),
-        ("ppo", ["reward=my_tasks:one_for_all"], r"2 completions, but values of shape \(1,\)"),
     ],
 )
 def test_what_cannot_work_is_one_message_before_the_training(shop, tmp_path, verb, pairs, words):
-    with pytest.raises((UserError, LabError), match=words):
+    with pytest.raises(UserError, match=words):
         launch(verb, None, custom(shop, verb, *pairs), tmp_path, "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_one_number_for_all_answers_ends_before_the_training(shop, tmp_path):
+    with pytest.raises(LabError, match=r"2 completions, but values of shape \(1,\)"):
+        launch("ppo", None, custom(shop, "ppo", "reward=my_tasks:one_for_all"), tmp_path, "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

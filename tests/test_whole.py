@@ -12,6 +12,7 @@ import tiny
 import torch
 from commands import peftlab
 from task_jobs import go, keys
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,33 +20,50 @@ from transformers import (
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from peftlab.errors import UserError
+from peftlab.models.backbone import load_backbone
 from peftlab.models.classifier import TextClassifier
-from peftlab.models.reward_model import critic_start
+from peftlab.models.reward_model import RewardModel, critic_start
 from peftlab.models.stacks import kind_of
 from peftlab.models.whole import WholeReward, load_reward
 from peftlab.recipes.launch import launch
+from peftlab.runs.atomic import read_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["the film was great fun", "dull", "a plot that an awful actor made dull, and a great film none the less"]
 ENCODER = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64}
 DECODER = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96}
+ROBERTA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+           "max_position_embeddings": 65, "initializer_range": 0.1}  # the first place is padding's
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def whole(folder: Path, kind: str, labels: list[str]) -> str:
-    """A random model with a head of `labels`, in a folder."""
-    words = tiny.spelling_tokenizer(encoder=kind == "encoder")
-    facts: dict[str, Any] = {
-        "vocab_size": len(words), "pad_token_id": words.pad_token_id, "id2label": dict(enumerate(labels)),
+MODELS = {
+    "encoder": (DistilBertForSequenceClassification, DistilBertConfig, ENCODER),
+    "roberta": (RobertaForSequenceClassification, RobertaConfig, ROBERTA),
+    "decoder": (GPT2ForSequenceClassification, GPT2Config, DECODER),
+    "llama": (LlamaForSequenceClassification, LlamaConfig, LLAMA),
+}
+
+
+def whole(folder: Path, kind: str, labels: list[str], **facts: Any) -> str:
+    """A random model with a head of `labels`, in a folder; `facts` of its config."""
+    words = tiny.spelling_tokenizer(encoder=kind in ("encoder", "roberta"))
+    if kind == "llama":  # as many of its class: EOS behind every text, and no word for padding
+        words.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+        words.pad_token = None
+    told: dict[str, Any] = {
+        "vocab_size": len(words), "pad_token_id": words.pad_token_id, "id2label": dict(enumerate(labels)), **facts,
     }
     torch.manual_seed(len(labels))
-    model = (
-        DistilBertForSequenceClassification(DistilBertConfig(**facts, **ENCODER))
-        if kind == "encoder"
-        else GPT2ForSequenceClassification(GPT2Config(**facts, **DECODER))
-    )
+    model_of, config_of, sizes = MODELS[kind]
+    model = model_of(config_of(**told, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)  # answers that differ by more than rounding
@@ -62,7 +80,7 @@ def plain(folder: str, texts: list[str]) -> torch.Tensor:
         return torch.cat([model(**words(text, return_tensors="pt")).logits for text in texts])
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_classifier_says_what_transformers_says(tmp_path, kind):
     folder = whole(tmp_path / "m", kind, ["bug", "Praise", "other"])
     found = TextClassifier.load(folder, device="cpu")
@@ -72,7 +90,7 @@ def test_a_classifier_says_what_transformers_says(tmp_path, kind):
     assert torch.allclose(found.logits(TEXTS), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_reward_model_scores_prompt_and_answer(tmp_path, kind):
     folder = whole(tmp_path / "m", kind, ["LABEL_0"])
     model = load_reward(folder, "cpu")
@@ -80,7 +98,6 @@ def test_a_reward_model_scores_prompt_and_answer(tmp_path, kind):
     prompts, answers = ["the film", "", "a plot"], [" was great fun", "dull", " that an awful actor made dull"]
     expected = plain(folder, [a + b for a, b in zip(prompts, answers, strict=True)])[:, 0]
     assert torch.allclose(model.scores(prompts, answers), expected, atol=1e-5)
-    assert torch.allclose(model.scores(prompts, answers, batch_size=1), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +109,17 @@ def test_a_reward_model_scores_prompt_and_answer(tmp_path, kind):
         (["LABEL_0", "LABEL_1", "LABEL_2"], ["label_0", "label_1", "label_2"]),
         (["neg", "neutral", "pos"], ["neg", "neutral", "pos"]),
         (["ham", "spam"], ["ham", "spam"]),
+        (["A", "a"], ["A", "a"]),
+        ([0, 1], ["negative", "positive"]),
     ],
 )
 def test_classes_go_by_the_labs_names_where_they_are_the_two_sentiments(tmp_path, written, labels):
     assert TextClassifier.load(whole(tmp_path / "m", "encoder", written), device="cpu").labels == labels
 
 
-def test_of_what_is_longer_than_the_model_both_ends_are_read(tmp_path):
-    found = TextClassifier.load(whole(tmp_path / "m", "encoder", ["a", "b"]), device="cpu")
+@pytest.mark.parametrize("kind", ["encoder", "roberta"])
+def test_of_what_is_longer_than_the_model_both_ends_are_read(tmp_path, kind):
+    found = TextClassifier.load(whole(tmp_path / "m", kind, ["a", "b"]), device="cpu")
     assert found.max_length == 64
     long = "great " * 40 + "dull " * 40
     assert torch.isfinite(found.logits([long])).all()
@@ -123,7 +143,9 @@ def test_a_policy_is_rewarded_and_judged_by_whole_models(shop, tmp_path):
     asked = keys(shop, "rloo", *CUSTOM, "reward={scores} + p({classifier})", "want=positive")
     summary, run = go("rloo", asked, tmp_path)
     assert {"eval/part/scores", "eval/part/p-classifier"} <= summary["metrics"].keys()
-    assert abs(summary["baseline"]["eval/part/scores"]) < 3, "normalised on answers of the model as it is"
+    texts = [row["prompt"] + row["completion"] for row in read_rows(run / "samples.jsonl") if row["side"] == "before"]
+    raw = float(plain(shop["scores"], texts).mean())
+    assert abs(summary["baseline"]["eval/part/scores"]) < 3 < abs(raw - 40), "normalised where it learns"
     noted = json.loads((run / "environment.json").read_text())
     assert all(len(noted["models"][f"reward {shop[name]}"]["sha256"]) == 64 for name in ("scores", "classifier"))
     asked = keys(shop, "rloo", *CUSTOM, "reward={scores}", "want=positive", "judge={classifier}")
@@ -136,6 +158,33 @@ def test_no_critic_starts_as_a_whole_model(shop, tmp_path):
         launch("ppo", None, keys(shop, "ppo", *CUSTOM, "reward={scores}", "critic=reward"), tmp_path, "run")
     with pytest.raises(UserError, match="whole model"):
         critic_start(shop["scores"], None)  # type: ignore[arg-type]
+
+
+def test_labels_that_do_not_exclude_each_other_are_refused(tmp_path):
+    folder = whole(tmp_path / "m", "encoder", ["rude", "long"], problem_type="multi_label_classification")
+    with pytest.raises(UserError, match="do not exclude each other"):
+        TextClassifier.load(folder, device="cpu")
+
+
+def test_a_head_of_other_classes_is_made_anew(shop, tmp_path):
+    """A whole classifier is a base, too: what is under the head is what it learned."""
+    folder = whole(tmp_path / "m", "encoder", ["a", "b", "c"])
+    base = load_backbone(folder, "classifier", device="cpu", num_labels=2)
+    own = load_backbone(folder, "classifier", device="cpu", num_labels=None)
+    assert base.model.config.num_labels == 2 and base.fingerprint == own.fingerprint
+    given = [f"model={folder}" if pair.startswith("model=") else pair for pair in tiny.overrides(shop, "classify")]
+    assert launch("classify", None, given, tmp_path, "run")["status"] == "done"
+
+
+def test_an_exported_reward_model_scores_as_the_adapter_did(shop, tmp_path):
+    launch("reward", None, tiny.overrides(shop, "reward"), tmp_path, "rm")
+    exported = tmp_path / "exported"
+    assert peftlab("export {run} --as merged --output {out}", run=str(tmp_path / "rm"), out=str(exported)).code == 0
+    rows = tiny.preferences(12)
+    texts = [row["prompt"] for row in rows] * 2, [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+    adapter, found = load_reward(str(tmp_path / "rm"), "cpu"), load_reward(str(exported), "cpu")
+    assert isinstance(adapter, RewardModel) and isinstance(found, WholeReward)
+    assert torch.allclose(found.scores(*texts), adapter.scores(*texts), atol=1e-4)
 
 
 def test_a_head_that_is_not_there_is_refused(tmp_path):

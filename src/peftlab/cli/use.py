@@ -61,7 +61,7 @@ def generate(
 )
 def predict(
     context: typer.Context,
-    adapter: Annotated[str, typer.Argument(help="a run or adapter: a name or a folder")],
+    adapter: Annotated[str, typer.Argument(help="a run, an adapter or a model: a name or a folder")],
     text: Annotated[str | None, typer.Option(help="predict this one text")] = None,
     input: Annotated[
         Path | None,
@@ -73,7 +73,7 @@ def predict(
     columns: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, where the data's name is another")] = None,
     device: Device = "auto",
 ) -> None:
-    """Run an adapter on a text or on a file."""
+    """Run an adapter or a model on a text or on a file."""
     from ..data.check import column_pairs
 
     _refuse_arguments(adapter, context.args)

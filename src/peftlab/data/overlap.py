@@ -5,9 +5,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
-from .records import LabelledText, Prompt, Record, SummaryPair, Text
+from .records import (
+    Conversation,
+    LabelledText,
+    PreferencePair,
+    Prompt,
+    PromptCompletion,
+    Record,
+    SummaryPair,
+    Text,
+)
 
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -28,12 +36,12 @@ def f_measure(shared: int, found: int, wanted: int) -> float:
 
 
 def leaked(train: Sequence[Record], held_out: Sequence[Record]) -> list[Record]:
-    """The held-out records of which training has the text, the document or the prompt; of pairs, the whole pair."""
+    """The held-out records of which training has the text, the document or the prompt; of answers, all texts."""
     known = set(map(_content, train))
     return [record for record in held_out if _content(record) in known]
 
 
-def _content(record: Record) -> str | Record:
+def _content(record: Record) -> object:
     match record:
         case Text() | LabelledText():
             return record.text
@@ -41,5 +49,9 @@ def _content(record: Record) -> str | Record:
             return record.document
         case Prompt():
             return record.prompt
-        case _:
-            return replace(record, id="")
+        case PromptCompletion():
+            return record.prompt, record.completion
+        case PreferencePair():
+            return record.prompt, record.chosen, record.rejected
+        case Conversation():
+            return record.messages

@@ -67,8 +67,9 @@ def load_backbone(
 ) -> Backbone:
     """Load the base model `name` (bundled, wheel, Hub id or folder) for a task, frozen, in eval mode.
 
-    A classifier's head is new and takes its weights from an adapter or from training; with `num_labels` None it is the
-    model's own. Raises UserError where the name is unknown or the model is of another kind than the task needs.
+    A classifier's head is new, or the model's own of as many labels, and takes its weights from an adapter or from
+    training; with `num_labels` None model and head are as they were saved. Raises UserError where the name is unknown,
+    the model is of another kind than the task needs, or its folder lacks weights.
     """
     import transformers
 
@@ -88,14 +89,15 @@ def load_backbone(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     new_head = task == "classifier" and num_labels is not None
-    options = {"pad_token_id": tokenizer.pad_token_id} if task == "classifier" else {}
-    options |= {"num_labels": num_labels} if new_head else {}
+    options = {"num_labels": num_labels, "pad_token_id": tokenizer.pad_token_id, "ignore_mismatched_sizes": True}
     with _readable(name, source), quiet_loading():
         model, told = auto.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **CODELESS, **options
+            source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **CODELESS,
+            **(options if new_head else {}),
         )
     own = f"{model.base_model_prefix}." if new_head else ""
-    if missing := sorted(key for key in told["missing_keys"] if key.startswith(own)):
+    lacking = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
+    if missing := sorted(key for key in lacking if key.startswith(own)):
         raise UserError(f"model {name}: the weights in {source} lack {missing[0]} ({len(missing)} missing); restore it")
     quicken_layers(model).requires_grad_(False).eval()
     keep_freed_memory()

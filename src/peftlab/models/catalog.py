@@ -193,7 +193,8 @@ def _kind(name: str, path: Path) -> Kind:
     architecture = (config.get("architectures") or [""])[0]
     if "ForSequenceClassification" in architecture:
         # transformers writes the classes' names, and of two without names nothing.
-        return "reward" if len(config.get("id2label") or "01") == 1 else "classifier"
+        labels = len(config.get("id2label") or "") or config.get("num_labels", 2)
+        return "reward" if labels == 1 else "classifier"
     if config.get("is_encoder_decoder"):
         return "seq2seq"
     if "CausalLM" in architecture or "LMHead" in architecture:

@@ -40,6 +40,8 @@ class TextClassifier:
         entry = resolve(name)
         if entry.kind == "classifier":
             whole = load_backbone(name, "classifier", device=device, dtype=dtype, num_labels=None)
+            if whole.model.config.problem_type == "multi_label_classification":
+                raise UserError(f"{name}: its labels do not exclude each other; call it from a function of yours")
             return cls(name, whole.model, whole.tokenizer, _labels(whole.model), longest_text(whole))
         if entry.kind != "adapter":
             what = with_article(entry.kind)
@@ -67,14 +69,20 @@ class TextClassifier:
 def longest_text(whole: Backbone) -> int:
     """Tokens of a text that a whole model reads: what its tokenizer allows, 512 at most."""
     room = getattr(whole.model.config, "max_position_embeddings", LONGEST)
+    for name, places in whole.model.named_modules():
+        if name.endswith("position_embeddings") and getattr(places, "padding_idx", None) is not None:
+            room = places.num_embeddings - places.padding_idx - 1  # RoBERTa counts from behind its padding
     return min(LONGEST, whole.tokenizer.model_max_length, room)
 
 
 def _labels(model: Any) -> list[str]:
     """The classes of a whole model as the lab spells them: pos, POSITIVE and LABEL_1 of two are `positive`."""
-    names = [name.lower() for _, name in sorted(model.config.id2label.items())]
+    written = [str(name) for _, name in sorted(model.config.id2label.items())]
+    names = [name.lower() for name in written]
     known = [LABELS.get(name.removeprefix("label_"), -1) for name in names]
-    return [LABEL_NAMES[label] for label in known] if sorted(known) == [0, 1] else names
+    if sorted(known) == [0, 1]:
+        return [LABEL_NAMES[label] for label in known]
+    return names if len(set(names)) == len(names) else written
 
 
 def own_labels(labels: Sequence[str]) -> list[str] | None:
@@ -86,15 +94,21 @@ def own_labels(labels: Sequence[str]) -> list[str] | None:
 def classify_texts(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 64
 ) -> Tensor:
-    """Class logits (N, labels) of a sequence-classification model; texts of similar length share a batch."""
+    """Class logits (N, labels) of a sequence-classification model; texts of similar length share a batch.
+
+    A decoder's are read at the last token that does not pad. One that knows no padding gets a text at a time.
+    """
     device = next(model.parameters()).device
+    config: Any = model.config
+    pad_id = config.pad_token_id
+    batch_size = batch_size if pad_id is not None else 1
     rows = encode(tokenizer, texts, max_length)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     was_training = model.training
     model.eval()
     parts = []
     for start in batch_starts(len(order), batch_size):
-        batch = collate_tokens([rows[i] for i in order[start : start + batch_size]], tokenizer.pad_token_id)
+        batch = collate_tokens([rows[i] for i in order[start : start + batch_size]], pad_id or 0)
         parts.append(model(**{name: t.to(device) for name, t in batch.items()}).logits.float().cpu())
     model.train(was_training)
     result = torch.empty_like(torch.cat(parts))

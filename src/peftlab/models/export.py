@@ -82,6 +82,7 @@ def write_merged(name: str, folder: Path) -> Stack:
         model, tokenizer = plain_model(folder, stack).merge_and_unload(), _base(Path(entry.path), stack).tokenizer
         for file in folder.iterdir():
             file.unlink()
+        model.config.peftlab = {"ending": tokenizer.eos_token}  # for WholeReward
     elif stack is not None and stack.kind == "classifier":
         classifier = TextClassifier.load(name, device="cpu")
         model, tokenizer = classifier.model, classifier.tokenizer

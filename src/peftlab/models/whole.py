@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,25 +19,29 @@ from .stacks import Stack
 class WholeReward:
     """R(prompt, answer) as the one output of a sequence-classification model on prompt + answer, in its own unit.
 
-    Special tokens are those that its tokenizer adds. Of what exceeds `max_length` tokens it reads opening and ending.
+    Special tokens are those that its tokenizer adds, and `ending`: the EOS of a reward model that the lab exported.
+    Of what exceeds `max_length` tokens it reads opening and ending.
     """
 
     name: str
     model: nn.Module
     tokenizer: Any
     max_length: int
+    ending: str = ""
     temperature: float = 1.0  # of the logit that the difference of two scores is
 
     @classmethod
     def load(cls, name: str, device: str = "auto") -> WholeReward:
         """By folder or Hub id, of catalog's kind reward. Raises UserError where it lacks a weight, its head's too."""
         backbone = load_backbone(name, "classifier", device=device, num_labels=None)
-        return cls(name, backbone.model, backbone.tokenizer, longest_text(backbone))
+        facts = getattr(backbone.model.config, "peftlab", None)
+        ending = str(facts.get("ending", "")) if isinstance(facts, Mapping) else ""  # a stranger's may be anything
+        return cls(name, backbone.model, backbone.tokenizer, longest_text(backbone), ending)
 
-    def scores(self, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64) -> Tensor:
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
         """(N,) float32 on the CPU, in the order given."""
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        return classify_texts(self.model, self.tokenizer, texts, self.max_length, batch_size)[:, 0]
+        texts = [prompt + said + self.ending for prompt, said in zip(prompts, completions, strict=True)]
+        return classify_texts(self.model, self.tokenizer, texts, self.max_length)[:, 0]
 
     raw = scores
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..data.overlap import leaked
 from ..data.sources import RecordSet, load_records, same_data
+from ..models.catalog import resolve
 from ..models.stacks import files_hash
 from ..runs.progress import Progress, say
 from ..runs.rundir import RunDir
@@ -115,12 +116,14 @@ def too_long(longest: int, taker: str) -> str:
 
 
 def note_model(run: RunDir, key: str, name: str, fingerprint: str = "") -> None:
-    """Notes what a key of the config names, by its hash: an adapter's files, or the `fingerprint` of a loaded base.
+    """Notes what a key of the config names: an adapter, or a whole model with its head, by its files; a base by its
+    `fingerprint`.
 
     A resumed run refuses another one under the same name. An empty name is nothing.
     """
     if name:
-        _note(run, f"{key} {name}", files_hash(name) or fingerprint)
+        by_files = resolve(name).kind == "adapter" or not fingerprint
+        _note(run, f"{key} {name}", files_hash(name) if by_files else fingerprint)
 
 
 def note_function(run: RunDir, key: str, path: str) -> None:

@@ -125,7 +125,7 @@ def run_demo(
             done = run.finished
             summary = run.summary if done else _run_stages(run, stages, console, root, resume)
     except Interrupted as error:
-        raise stopped(error.signum, [*words, "--run", name, "--resume"]) from None
+        raise stopped(error.signum, [*words, "--run", name]) from None
     assert summary is not None
     report = render(run.path)
     if as_json:

@@ -51,7 +51,7 @@ def launch(
         try:
             return start(verb, config, root, name, resume) | ({"finished": since} if since else {})
         except Interrupted as error:
-            raise stopped(error.signum, [*words, "--run", name, "--resume"]) from None
+            raise stopped(error.signum, [*words, "--run", name], anew=vacant(root / name)) from None
 
 
 def start(verb: str, config: Config, root: Path, name: str, resume: bool = False) -> dict[str, Any]:
@@ -106,11 +106,15 @@ def _report(run: RunDir) -> None:
         render(run.path)
 
 
-def stopped(signum: int, words: list[str]) -> Interrupted:
-    """A stop by a signal, whose message ends with a line to type: `peftlab` and these words continue the run."""
+def stopped(signum: int, words: list[str], anew: bool = False) -> Interrupted:
+    """A stop by a signal, whose message ends with a line to type: `peftlab` and these words continue the run.
+
+    Or start it `anew`, where it had not come to its first figure.
+    """
+    how, words = ("starts it anew", words) if anew else ("continues the run", [*words, "--resume"])
     many = f", launched in {world_size()} processes again," if world_size() > 1 else ""
     name = signal.Signals(signum).name
-    return Interrupted(signum, f"stopped by {name}; this{many} continues the run:\n  {typed(*words)}")
+    return Interrupted(signum, f"stopped by {name}; this{many} {how}:\n  {typed(*words)}")
 
 
 def dry_run(verb: str, source: str | None, overrides: list[str]) -> dict[str, Any]:

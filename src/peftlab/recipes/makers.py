@@ -128,6 +128,7 @@ def sample_texts(
     texts, ended = [""] * len(prompts), [False] * len(prompts)
     progress, begun, by = Progress(len(prompts)), time.monotonic(), f" by {author}" if author else ""
     for start in range(0, len(order), batch_size):
+        Progress.heed()
         rows = order[start : start + batch_size]
         samples = sampler.sample([prompts[row] for row in rows], [seeds[row] for row in rows], decoding)
         for row, text, end in zip(rows, sampler.texts(samples), samples.ended.tolist(), strict=True):

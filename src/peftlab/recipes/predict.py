@@ -1,4 +1,4 @@
-"""`peftlab predict`: the inference verb of every adapter, one text or a file of rows."""
+"""`peftlab predict`: the inference verb of every adapter and model, one text or a file of rows."""
 
 from __future__ import annotations
 

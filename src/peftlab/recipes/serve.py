@@ -89,7 +89,7 @@ def serve(names: Sequence[str], options: ServeOptions) -> None:
         for line in shelf.report(speakers, scorers):
             print(line)
         needs = "with the key" if key else "no key needed on this machine"
-        with EndSignals() as signals, contextlib.closing(worker):
+        with contextlib.closing(worker), EndSignals() as signals:
             print(f"API {listener.base}/v1 ({needs})\nopen {listener.url('/')}\nCtrl+C ends", flush=True)
             worker.start()
             with signals.heard(listener.stop):

@@ -170,6 +170,8 @@ class RunDir:
                 f"run folder {path} is not empty; --resume continues that run, another --run starts anew"
                 + ("; it failed: delete the folder to take its name again" if _failed(path) else "")
             )
+        for log in ("events.jsonl", "skipped.jsonl"):  # of what ended here before its first figure
+            (path / log).unlink(missing_ok=True)
         about = {
             "schema_version": 1,
             "run": name,

@@ -35,7 +35,7 @@ class StopSignals:
         self.in_steps = False
         self._resumes = resumes
         self._previous: dict[int, Any] = {}
-        self._heeded: Callable[[], None] = Progress.heed
+        self._heeded: Callable[[], None]
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -77,6 +77,15 @@ class StopSignals:
         if isinstance(outer := self._outer(signum), StopSignals):
             outer.request(signum)
 
+    def _word(self, signum: int) -> str:
+        """What --resume does, by the outermost block: of a demo, not of its stage."""
+        if isinstance(outer := self._outer(signum), StopSignals):
+            return outer._word(signum)
+        try:
+            return self._resumes()
+        except OSError:  # a disk that fails is no reason to stay
+            return "goes on from the last checkpoint"
+
     def _outer(self, signum: int) -> object:
         return getattr(self._previous.get(signum), "__self__", None)
 
@@ -84,7 +93,7 @@ class StopSignals:
         if self.requested is not None and rank() == 0:
             if Progress.open:
                 os.write(2, b"\n")
-            os.write(2, f"left at once; --resume {self._resumes()}\n".encode())
+            os.write(2, f"left at once; --resume {self._word(signum)}\n".encode())
             os._exit(128 + signum)
         self.request(signum)
         if rank():
@@ -112,7 +121,7 @@ class EndSignals:
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     @contextlib.contextmanager
     def heard(self, end: Callable[[], None] | None = None) -> Iterator[None]:
