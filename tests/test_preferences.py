@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from tokenizers import decoders
 
 from peftlab.data.check import check_file
 from peftlab.data.records import PreferencePair, Prompt
-from peftlab.errors import LabError, UserError
+from peftlab.errors import Interrupted, LabError, UserError
 from peftlab.recipes.build_preferences import PreferenceOptions, build_preferences
 from peftlab.recipes.launch import launch
+from peftlab.recipes.makers import sample_texts
 from peftlab.recipes.pairing import Answer, pairs_of, split
 from peftlab.recipes.preview import preview
 from peftlab.recipes.tools import load_sampler
-from peftlab.sampling.sampler import Decoding
+from peftlab.runs.signals import StopSignals
+from peftlab.sampling.sampler import Decoding, Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -385,3 +388,18 @@ def test_labels_of_other_pairs_beside_a_file_of_pairs_are_no_hindrance(shop, tmp
     output.touch()
     (tmp_path / "other.labels.jsonl").write_text('{"choice": "chosen"}\n')
     assert built(shop, output)["splits"]
+
+
+def test_a_stop_while_answers_are_sampled_is_obeyed_at_the_next_batch(monkeypatch):
+    model, words = tiny.causal()
+    sampler, sample, batches = Sampler(model, words), Sampler.sample, []
+
+    def signalled(self, *given):
+        batches.append(given)
+        signal.raise_signal(signal.SIGINT)
+        return sample(self, *given)
+
+    monkeypatch.setattr(Sampler, "sample", signalled)
+    with pytest.raises(Interrupted), StopSignals():
+        sample_texts(sampler, [[3, 4]] * 6, list(range(6)), Decoding(4), batch_size=2)
+    assert len(batches) == 1

@@ -139,6 +139,7 @@ def test_a_run_that_takes_a_name_over_has_no_rows_of_the_one_before(tmp_path):
     with make(tmp_path).session() as run:
         assert not (run.path / "skipped.jsonl").exists()
         assert [row["kind"] for row in atomic.read_rows(run.path / "events.jsonl")] == ["start"]
+        run.finish({}, {})
 
 
 def test_a_refusal_deletes_no_folder_that_was_there_before_it(tmp_path):
