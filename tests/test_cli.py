@@ -693,3 +693,27 @@ def test_details_of_doctor_stand_below_their_column(monkeypatch):
     assert len(lines) > 4 and {line[column - 1] for line in lines} == {" "} and " ".join(
         line[column:] for line in lines
     ) == f"{told} {told}"
+
+
+HALF_LOADED = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:  # as libraries do that try an import
+    pass
+print("went on half loaded")
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "told"),
+    [
+        ("import half_loaded", "\npeftlab: interrupted while loading; nothing had begun\n"),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", "peftlab: interrupted\n"),
+    ],
+)
+def test_ctrl_c_ends_a_verb_that_loads_and_one_that_works(tmp_path, verb, told):
+    (tmp_path / "half_loaded.py").write_text(HALF_LOADED)
+    code = f"import os, signal, time\nfrom peftlab import cli\ndef app():\n    {verb}\ncli.app = app\ncli.main()\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", told)

@@ -163,3 +163,10 @@ def test_distinct_n_of_small_cases():
     assert distinct_n(["a a a a"], 1) == 0.25
     assert distinct_n(["a b", "b a"], 2) == 1.0  # no pair reaches over the end of a text
     assert distinct_n(["a", ""], 2) == 0.0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=12))
+def test_the_interval_of_a_share_stays_between_0_and_1(pairs):
+    predicted, labels = np.array(pairs).T.astype(int)
+    for low, high in classification_intervals(np.eye(2)[predicted], labels).values():
+        assert 0 <= low <= high <= 1

@@ -209,3 +209,11 @@ def test_a_held_out_row_that_is_trained_on_is_found_under_another_id(kind):
     held_out = records(*map(row, range(8, 12)), row(same, id="other", label=0, margin=2.0))
     assert [record.id for record in leaked(train, held_out)] == ["other"]
     assert leaked(train, train) == train and leaked([], held_out) == []
+
+
+@pytest.mark.parametrize("verb", COLUMNS)
+def test_a_dry_run_refuses_held_out_rows_that_training_leaves_none_of(verb, shop):
+    given = pairs(shop, verb, f"train_data={shop['good']}", f"eval_data={shop['good']}")
+    with pytest.raises(UserError, match="training takes all of its 40 rows"):
+        dry_run(verb, None, given)
+    assert dry_run(verb, None, [*given, "train_limit=30"])["rows"]

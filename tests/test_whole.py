@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from commands import peftlab
+from safetensors.torch import load_file, save_file
 from task_jobs import go, keys
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -32,7 +33,7 @@ from peftlab.models.classifier import TextClassifier
 from peftlab.models.reward_model import RewardModel, critic_start
 from peftlab.models.stacks import kind_of
 from peftlab.models.whole import WholeReward, load_reward
-from peftlab.recipes.launch import launch
+from peftlab.recipes.launch import dry_run, launch
 from peftlab.runs.atomic import read_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,6 +159,8 @@ def test_no_critic_starts_as_a_whole_model(shop, tmp_path):
         launch("ppo", None, keys(shop, "ppo", *CUSTOM, "reward={scores}", "critic=reward"), tmp_path, "run")
     with pytest.raises(UserError, match="whole model"):
         critic_start(shop["scores"], None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"judge: .*scores is of kind reward, not a classifier"):
+        dry_run("rloo", None, keys(shop, "rloo", *CUSTOM, "reward=rubric:length", "want=positive", "judge={scores}"))
 
 
 def test_labels_that_do_not_exclude_each_other_are_refused(tmp_path):
@@ -187,10 +190,24 @@ def test_an_exported_reward_model_scores_as_the_adapter_did(shop, tmp_path):
     assert torch.allclose(found.scores(*texts), adapter.scores(*texts), atol=1e-4)
 
 
+@pytest.mark.parametrize("lacks", ["a tokenizer", "its own tokenizer", "numbers"])
+def test_what_would_answer_nonsense_is_refused(tmp_path, lacks):
+    """transformers makes an empty tokenizer where there is none."""
+    folder = Path(whole(tmp_path / "m", "encoder", ["a", "b"], **({"vocab_size": 99} if "own" in lacks else {})))
+    if lacks == "a tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    if lacks == "numbers":
+        weights = load_file(folder / "model.safetensors")
+        weights["classifier.weight"][0, 0] = torch.nan
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    words = {"a tokenizer": "holds no tokenizer", "its own tokenizer": "320 tokens, and the model 99"}
+    with pytest.raises(UserError, match=words.get(lacks, r"classifier\.weight holds numbers that are not finite")):
+        TextClassifier.load(str(folder), device="cpu")
+
+
 def test_a_head_that_is_not_there_is_refused(tmp_path):
     folder = Path(whole(tmp_path / "m", "encoder", ["a", "b"]))
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     save_file({n: w for n, w in weights.items() if not n.startswith("classifier.")}, folder / "model.safetensors",
               metadata={"format": "pt"})

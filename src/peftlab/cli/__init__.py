@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from importlib import metadata
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -55,7 +60,8 @@ def main() -> None:
     # Its warnings are about what the lab does on purpose: packed rows without a mask, GPT-2's default loss.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        with _interruptible():
+            app()
     except UserError as error:
         _fail(error, 2)
     except Interrupted as error:
@@ -71,6 +77,33 @@ def main() -> None:
         if error.errno != errno.ENAMETOOLONG:
             raise
         _fail(f"{error.filename}: is too long for the name of a file; give a shorter one", 2)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """A block in which Ctrl+C is `_interrupt`, where it was Python's own; a run or a server takes it over in time."""
+    here = threading.current_thread() is threading.main_thread()
+    if not (here and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Ends an import at once, and anything else by KeyboardInterrupt.
+
+    Libraries that try an import take a KeyboardInterrupt in it for a module that is not there, and go on half loaded.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"\npeftlab: interrupted while loading; nothing had begun\n")
+            os._exit(128 + signum)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _fail(message: object, code: int) -> None:

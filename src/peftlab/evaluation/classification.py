@@ -22,10 +22,9 @@ def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dic
 def classification_intervals(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, tuple[float, float]]:
     """95% bootstrap intervals over rows."""
     predicted, classes = probabilities.argmax(1), probabilities.shape[1]
-    return {
-        "eval/accuracy": bootstrap_mean(predicted == labels),
-        "eval/f1": bootstrap_rows(lambda rows: macro_f1(predicted[rows], labels[rows], classes), len(labels)),
-    }
+    low, high = bootstrap_rows(lambda rows: macro_f1(predicted[rows], labels[rows], classes), len(labels))
+    # Less its bias, the interval of few rows may leave the range of the metric.
+    return {"eval/accuracy": bootstrap_mean(predicted == labels), "eval/f1": (max(0.0, low), min(1.0, high))}
 
 
 def macro_f1(predicted: np.ndarray, labels: np.ndarray, classes: int) -> float:

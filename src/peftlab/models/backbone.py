@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, brief
+from ..ops.finite import not_finite
 from ..ops.masks import last_true, position_ids
 from .catalog import resolve
 from .freed_memory import keep_freed_memory
@@ -28,6 +31,7 @@ NEEDS: dict[Task, tuple[tuple[str, ...], str]] = {
 }
 # Left to its default, transformers asks at the terminal whether to run the code in a model's folder.
 CODELESS = {"trust_remote_code": False}
+TOKENIZER_FILE = re.compile(r"tokenizer|vocab|.*\.model$")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -99,15 +103,28 @@ def load_backbone(
     lacking = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
     if missing := sorted(key for key in lacking if key.startswith(own)):
         raise UserError(f"model {name}: the weights in {source} lack {missing[0]} ({len(missing)} missing); restore it")
+    if num_labels is None:
+        _require_sound(name, model, tokenizer)
     quicken_layers(model).requires_grad_(False).eval()
     keep_freed_memory()
     return Backbone(name, model.to(pick_device(device)), tokenizer, fingerprint(trunk(model)))
 
 
+def _require_sound(name: str, model: Any, tokenizer: Any) -> None:
+    """UserError for a model of other hands that would end in the middle of the work, or answer with NaN."""
+    words, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if words > rows:
+        raise UserError(f"model {name}: its tokenizer has {words} tokens, and the model {rows}; save its own with it")
+    if bad := not_finite(dict(model.named_parameters())):
+        raise UserError(f"model {name}: {bad[0]} holds numbers that are not finite ({len(bad)} such tensors)")
+
+
 def load_tokenizer(name: str, source: str) -> Any:
-    """The tokenizer in the folder `source` of the model `name`."""
+    """The tokenizer in the folder `source` of the model `name`. Of none there, transformers makes an empty one."""
     import transformers
 
+    if not any(TOKENIZER_FILE.match(file.name) for file in Path(source).iterdir()):
+        raise UserError(f"model {name}: {source} holds no tokenizer; tokenizer.save_pretrained puts it there")
     with _readable(name, source):
         return transformers.AutoTokenizer.from_pretrained(source, **CODELESS)
 

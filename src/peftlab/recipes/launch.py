@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, command_for, headlines, load_config, to_toml
+from ..data.check import READS
 from ..errors import Interrupted, LabError, UserError
 from ..models.backbone import pick_device
+from ..models.classifier import LABEL_NAMES, own_labels
 from ..report import render
 from ..runs.launched import rank, world_size
 from ..runs.progress import Progress, say, watched
@@ -19,6 +21,7 @@ from ..runs.summary import done_since, outcome
 from ..runs.typed import resuming, typed
 from ..training.arguments import TrainConfig
 from . import load
+from .common import load_rows
 from .several import joined, of_first, opened, require_same_job, require_shares
 from .tasks.config import TaskConfig
 
@@ -121,7 +124,11 @@ def dry_run(verb: str, source: str | None, overrides: list[str]) -> dict[str, An
     """The resolved config and the job's sizes; UserError where the processes cannot share them, as of a launch."""
     config, _ = _resolve(verb, source, overrides)
     require_shares(config)
-    return {"config": config.model_dump(), **load(verb).plan(config)}
+    plan = load(verb).plan(config)
+    if isinstance(config, TrainConfig):  # which the run refuses, too, where training leaves nothing of them
+        rows: Any = config
+        load_rows(rows, "eval", READS.get(verb, verb), own_labels(getattr(config, "labels", LABEL_NAMES)))
+    return {"config": config.model_dump(), **plan}
 
 
 def _resolve(verb: str, source: str | None, overrides: list[str]) -> tuple[TrainConfig | TaskConfig, str]:

@@ -51,6 +51,9 @@ def predict(
     kind = kind_of(adapter)
     if kind == "reward" and source is None:
         raise UserError(f"predict: {adapter} scores an answer to a prompt; give --input with `prompt` and `completion`")
+    if kind == "encoder":
+        remedy = f"`peftlab classify model={adapter}` trains one"
+        raise UserError(f"predict: {adapter} is an encoder without a head; {remedy}")
     if source is None and resolve(adapter).kind == "causal":
         raise UserError(
             f"predict: {adapter} is a model without an adapter, which only continues a text; "

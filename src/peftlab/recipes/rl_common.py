@@ -253,6 +253,8 @@ def _reward(config: PolicyConfig, roles: Roles, backbone: Backbone, under: Stack
         judge = resolve(config.judge).path.resolve()
         if any(resolve(name).path.resolve() == judge for name in adapters):
             raise UserError(f"judge: {config.judge} is the reward too; an independent judge is another classifier")
+        if (kind := kind_of(config.judge)) != "classifier":
+            raise UserError(f"judge: {config.judge} is of kind {kind}, not a classifier; for example imdb-judge")
     classifier = next((name for name in adapters if kind_of(name) != "reward"), None)
     if classifier and not config.want:
         idle = "want" in TASKS[config.task].idle

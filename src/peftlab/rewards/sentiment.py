@@ -14,7 +14,10 @@ from ..models.classifier import TextClassifier
 def class_of(classifier: TextClassifier, wanted: str) -> int:
     """Index of the class named `wanted`; UserError where the classifier is not one of two classes with that name."""
     if len(classifier.labels) != 2 or wanted not in classifier.labels:
-        raise UserError(f"classifier {classifier.name}: has classes {classifier.labels}; want={wanted} needs two")
+        raise UserError(
+            f"classifier {classifier.name}: has classes {classifier.labels}; want={wanted} needs two, negative and "
+            "positive, by these names (or neg and pos, or LABEL_0 and LABEL_1)"
+        )
     return classifier.labels.index(wanted)
 
 
