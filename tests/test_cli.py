@@ -708,7 +708,7 @@ print("went on half loaded")
 @pytest.mark.parametrize(
     ("verb", "told"),
     [
-        ("import half_loaded", "\npeftlab: interrupted while loading; nothing had begun\n"),
+        ("import half_loaded", "\npeftlab: interrupted while loading\n"),
         ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", "peftlab: interrupted\n"),
     ],
 )

@@ -81,9 +81,9 @@ def test_state_goes_through_a_checkpoint():
         "a scalar": (1.0, ["shape ()"]),
         "not a number": ([1.0, 2.0, float("nan"), 4.0], ["nan", "completion 2", "'a'"]),
         "infinite": ([1.0, float("-inf"), 3.0, 4.0], ["-inf", "completion 1", "'bad film'"]),
-        "text": (["good"] * 4, ["did not return numbers"]),
-        "nothing": (None, ["did not return numbers"]),
-        "ragged": ([[1], [1, 2], 3, 4], ["did not return numbers"]),
+        "text": (["good"] * 4, ["returned ['good', 'good', 'good', 'good']; return a number for each"]),
+        "nothing": (None, ["returned None; return a number for each"]),
+        "ragged": ([[1], [1, 2], 3, 4], ["returned [[1], [1, 2], 3, 4]; return a number for each"]),
         "a named part": ({"mean": [1.0] * 3}, ["mean", "(3,)"]),
     }.values(),
 )

@@ -100,7 +100,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     """
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            os.write(2, b"\npeftlab: interrupted while loading; nothing had begun\n")
+            os.write(2, b"\npeftlab: interrupted while loading\n")
             os._exit(128 + signum)
         frame = frame.f_back
     raise KeyboardInterrupt

@@ -281,7 +281,7 @@ def export(
     if as_json:
         print_value(done, True)
         return
-    parts = f" of {done['adapters']}" if (done["adapters"] or 1) > 1 else ""
+    parts = f", made of {done['adapters']}," if (done["adapters"] or 1) > 1 else ""
     print(
         f"{done['folder']}: {done['holds']}{parts} on {done['base']}, {in_bytes(done['bytes'])}; largest difference "
         f"of a logit {done['largest_difference']:.1g}\n\n{done['load']}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.records import shown
 from ..errors import LabError, PeftlabError, UserError, brief, did_you_mean
 from ..ops.finite import first_not_finite
 from ..runs.names import NAME
@@ -84,8 +85,8 @@ class Reward:
                 raise LabError(f"reward part {name!r}: a name is 1 to 64 letters, digits, '.', '_' or '-'")
             try:
                 values = torch.as_tensor(numbers, dtype=torch.float32).cpu()
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise LabError(f"reward part {name}: did not return numbers: {error}") from None
+            except (TypeError, ValueError, RuntimeError):
+                raise LabError(f"reward part {name}: returned {shown(numbers)}; return a number for each") from None
             if values.shape != (len(completions),):
                 raise LabError(
                     f"reward part {name}: {len(completions)} completions, but values of shape {tuple(values.shape)}; "
