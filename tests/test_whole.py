@@ -154,6 +154,16 @@ def test_a_policy_is_rewarded_and_judged_by_whole_models(shop, tmp_path):
     assert 0 < judged["metrics"]["eval/judge"] < 1
 
 
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_judge_scores_in_what_the_processor_multiplies_in(shop, tmp_path, monkeypatch, multiplies, dtype):
+    """Imitated, bfloat16 took a judge eight times as long."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
+    load, judges = TextClassifier.load.__func__, []
+    monkeypatch.setattr(TextClassifier, "load", classmethod(lambda *a, **k: judges.append(load(*a, **k)) or judges[-1]))
+    go("rloo", keys(shop, "rloo", *CUSTOM, "reward=rubric:length", "want=positive", "judge={classifier}"), tmp_path)
+    assert [next(judge.model.parameters()).dtype for judge in judges] == [dtype]
+
+
 def test_no_critic_starts_as_a_whole_model(shop, tmp_path):
     with pytest.raises(UserError, match=r"critic: .*scores is a whole model.*critic=adapter"):
         launch("ppo", None, keys(shop, "ppo", *CUSTOM, "reward={scores}", "critic=reward"), tmp_path, "run")

@@ -66,6 +66,12 @@ def pick_device(device: str = "auto") -> torch.device:
     return chosen
 
 
+def scoring_dtype(device: str = "auto") -> str:
+    """The dtype of a model that only scores: bfloat16, but float32 on a CPU that would imitate it, 8 times as slow."""
+    imitated = not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return "float32" if imitated and pick_device(device).type == "cpu" else "bfloat16"
+
+
 def load_backbone(
     name: str, task: Task = "causal", *, device: str = "auto", dtype: str = "float32", num_labels: int | None = 2
 ) -> Backbone:

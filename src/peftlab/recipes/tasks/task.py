@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...evaluation.policy import Measure
+from ...models.backbone import scoring_dtype
 from ...models.classifier import TextClassifier
 from ...rewards.sentiment import class_of
 from ...runs.rundir import RunDir
@@ -45,7 +46,7 @@ def judged(run: RunDir, config: TaskConfig) -> Measure:
     """
     if not config.judge:
         return lambda prompts, completions, records: {}
-    judge = TextClassifier.load(config.judge, device=config.device, dtype="bfloat16")
+    judge = TextClassifier.load(config.judge, device=config.device, dtype=scoring_dtype(config.device))
     label = class_of(judge, config.want)
     note_model(run, "judge", config.judge)
 
