@@ -70,7 +70,7 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
         if run.finished:
             return run.summary or {}
         seed_everything(config.seed)
-        train, test = (_texts(records, config) for records in load_both(run, config, "sft"))
+        train, test = map(_texts, load_both(run, config, "sft"), (config.train_data, config.eval_data))
         tokenizer = train_tokenizer(config.architecture, train, config.vocab_size, config.max_length)
         task = _task(train, test, tokenizer, config)
         model = _model(len(tokenizer), config)
@@ -110,7 +110,7 @@ def run(config: PretrainConfig, run: RunDir) -> dict[str, Any]:
 
 def plan(config: PretrainConfig) -> dict[str, Any]:
     """Sizes of the job; the tokenizer is not trained, so tokens are estimated at 4.6 characters each."""
-    texts = _texts(load_rows(config, "train", "sft").records, config)
+    texts = _texts(load_rows(config, "train", "sft").records, config.train_data)
     with torch.device("meta"):
         parameters = trained_parameters(_model(config.vocab_size, config))
     lengths = [-(-len(text) // 4.6) for text in texts]
@@ -122,11 +122,10 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     return {**sizes, "steps (estimate)": total_steps(config, rows)}
 
 
-def _texts(records: Sequence[Any], config: PretrainConfig) -> list[str]:
+def _texts(records: Sequence[Any], spec: str) -> list[str]:
     texts = [r.text for r in records if isinstance(r, Text)]
     if len(texts) < len(records):
-        specs = f"{config.train_data}, {config.eval_data}"
-        raise UserError(f"data {specs}: pretrain takes rows of `text`; sft learns from prompts with completions")
+        raise UserError(f"data {spec}: pretrain takes rows of `text`; sft learns from prompts with completions")
     return texts
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,6 +15,12 @@ from .launched import rank, world_size
 from .progress import Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _give_back(handlers: Mapping[int, Any]) -> None:
+    """Puts each signal's handler back; None stands for one that C code installed, which signal.signal cannot."""
+    for signum, handler in handlers.items():
+        signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
 class StopSignals:
@@ -49,9 +55,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum, handler in self._previous.items():
-            # None stands for a handler that C code installed: signal.signal cannot put it back.
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        _give_back(self._previous)
         if self._previous:
             Progress.heed = self._heeded
         self._previous.clear()
@@ -120,8 +124,7 @@ class EndSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        _give_back(self._before)
 
     @contextlib.contextmanager
     def heard(self, end: Callable[[], None] | None = None) -> Iterator[None]:
